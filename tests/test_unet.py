@@ -1,0 +1,136 @@
+"The U-Net against diffusers' blocks, the paper's sizes, and its own promises."
+import pytest, torch
+from torch import nn
+from unclip_nb.core import UnclipError, count_parameters
+from unclip_nb.unet import AttentionBlock, ResBlock, UNet, UNetConfig, norm, zero
+
+resnet = pytest.importorskip("diffusers.models.resnet")
+attention = pytest.importorskip("diffusers.models.attention_processor")
+
+def shake(module, seed=0, std=0.1):
+    "Random parameters everywhere, so that zero-initialised layers do something."
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters(): p.copy_(torch.randn(p.shape, generator=g) * std)
+    return module.eval()
+
+def small(**kw):
+    kw = dict(image_size=16, channels=16, channel_mult=(1, 2), res_blocks=1, attention=(8,), head_channels=8, context_width=12) | kw
+    return shake(UNet(UNetConfig(**kw)))
+
+def inputs(side=16, b=2, emb=64, ctx=12, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(s, generator=g) for s in ((b, 3, side, side), (b, emb), (b, 5, ctx)))
+
+# -- oracles ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("resample,cin,cout", [(None, 32, 64), (None, 64, 64), ("up", 64, 64), ("down", 64, 64)])
+def test_residual_block_equals_diffusers(resample, cin, cout):
+    ours = shake(ResBlock(cin, cout, 48, resample=resample))
+    theirs = resnet.ResnetBlock2D(in_channels=cin, out_channels=cout, temb_channels=48, groups=norm(cin).num_groups,
+        groups_out=norm(cout).num_groups, eps=1e-5, time_embedding_norm="scale_shift", up=resample == "up", down=resample == "down").eval()
+    names = {"norm1": "norm1", "conv1": "conv1", "emb": "time_emb_proj", "norm2": "norm2", "conv2": "conv2", "skip": "conv_shortcut"}
+    state = {f"{names[k.split('.')[0]]}.{k.split('.')[1]}": v for k, v in ours.state_dict().items()}
+    theirs.load_state_dict(state)                                  # strict: every parameter has its partner
+    x, emb = torch.randn(2, cin, 8, 8), torch.randn(2, 48)
+    torch.testing.assert_close(ours(x, emb), theirs(x, emb), rtol=1e-5, atol=1e-5)
+
+def added_kv(ours, width, context_width):
+    "diffusers' attention with added keys and values (its GLIDE/unCLIP block), with our weights."
+    theirs = attention.Attention(query_dim=width, heads=ours.heads, dim_head=width // ours.heads, bias=True, norm_num_groups=ours.norm.num_groups, eps=1e-5,
+        added_kv_proj_dim=context_width, residual_connection=True, _from_deprecated_attn_block=True, processor=attention.AttnAddedKVProcessor2_0()).eval()
+    (wq, wk, wv), (bq, bk, bv) = ours.qkv.weight.chunk(3), ours.qkv.bias.chunk(3)
+    ck, cv = ours.context_kv.weight.chunk(2); cbk, cbv = ours.context_kv.bias.chunk(2)
+    with torch.no_grad():
+        for layer, w, b in [(theirs.to_q, wq, bq), (theirs.to_k, wk, bk), (theirs.to_v, wv, bv), (theirs.add_k_proj, ck, cbk),
+                            (theirs.add_v_proj, cv, cbv), (theirs.to_out[0], ours.out.weight, ours.out.bias),
+                            (theirs.group_norm, ours.norm.weight, ours.norm.bias)]: layer.weight.copy_(w); layer.bias.copy_(b)
+    return theirs
+
+def test_attention_equals_diffusers_added_keys_and_values():
+    ours = shake(AttentionBlock(32, 8, context_width=12), std=0.3)
+    x, context = torch.randn(2, 32, 6, 6), torch.randn(2, 5, 12)
+    want = added_kv(ours, 32, 12)(x, encoder_hidden_states=context)
+    torch.testing.assert_close(ours(x, ours.encode(context)), want, rtol=1e-4, atol=1e-5)
+
+def test_attention_is_multihead_attention_without_context():
+    ours = shake(AttentionBlock(32, 8), std=0.3)
+    mha = nn.MultiheadAttention(32, 4, batch_first=True)
+    mha.load_state_dict({"in_proj_weight": ours.qkv.weight, "in_proj_bias": ours.qkv.bias, "out_proj.weight": ours.out.weight, "out_proj.bias": ours.out.bias})
+    x = torch.randn(2, 32, 6, 6); tokens = ours.norm(x).flatten(2).mT
+    want = x + mha(tokens, tokens, tokens)[0].mT.unflatten(2, (6, 6))
+    torch.testing.assert_close(ours(x), want, rtol=1e-4, atol=1e-5)
+
+@pytest.mark.parametrize("config,billions", [
+    (UNetConfig(64, 3, 6, 512, (1, 2, 3, 4), 3, (32, 16, 8), 64, context_width=2048), 2.2329),   # + 1.21 of text encoder = 3.45
+    (UNetConfig(256, 6, 3, 320, (1, 2, 3, 4), 3, ()), 0.7277),                                    # Table 3: 700M
+    (UNetConfig(1024, 6, 3, 192, (1, 1, 2, 2, 4, 4), 2, ()), 0.2813)])                            # Table 3: 300M
+def test_parameter_counts_of_the_paper(config, billions):
+    with torch.device("meta"): assert count_parameters(UNet(config)) / 1e9 == pytest.approx(billions, rel=1e-3)
+
+# -- promises --------------------------------------------------------------------------------------------------------------
+def test_starts_as_zero_and_every_block_as_its_skip():
+    torch.manual_seed(0)
+    x, emb, context = inputs()
+    assert UNet(UNetConfig(16, channels=16, channel_mult=(1, 2), attention=(8,), head_channels=8, context_width=12))(x, emb, context).abs().max() == 0
+    h = torch.randn(2, 16, 8, 8)
+    assert torch.equal(ResBlock(16, 16, 64)(h, emb), h) and torch.equal(AttentionBlock(16, 8)(h), h)
+
+def test_context_computed_once_equals_context_every_time():
+    net, (x, emb, context) = small(), inputs()
+    torch.testing.assert_close(net(x, emb, net.encode_context(context)), net(x, emb, context), rtol=0, atol=0)
+    kvs = net.encode_context(context)
+    assert len(kvs) == len(net.attentions()) == 4 and kvs[0][0].shape == (2, 4, 5, 8)  # one down, one middle, two up; (b, heads, tokens, head)
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_listens_to_every_input(which):
+    net, args = small(), list(inputs())
+    before = net(*args); args[which] = args[which] * 3
+    assert (net(*args) - before).abs().amax((1, 2, 3)).min() > 1e-4   # float32 rounding is 1e-6
+
+def test_rows_do_not_see_each_other():
+    net, (x, emb, context) = small(), inputs(b=3)
+    torch.testing.assert_close(net(x, emb, context)[1:2], net(x[1:2], emb[1:2], context[1:2]), rtol=1e-4, atol=1e-5)
+
+def test_order_of_context_tokens_does_not_matter():
+    net, (x, emb, context) = small(), inputs()
+    torch.testing.assert_close(net(x, emb, context.flip(1)), net(x, emb, context), rtol=1e-4, atol=1e-5)
+
+def test_without_attention_any_multiple_of_the_stride_runs_and_is_local():
+    net = small(attention=(), context_width=0, res_blocks=1); g = torch.Generator().manual_seed(0)
+    emb = torch.randn(1, 64, generator=g)
+    for h, w in [(2, 2), (16, 16), (10, 34)]: assert net(torch.zeros(1, 3, h, w), emb).shape == (1, 3, h, w)
+    assert not net.attentions()
+    with pytest.raises(UnclipError, match="multiples of 2"): net(torch.zeros(1, 3, 15, 16), emb)
+    with pytest.raises(UnclipError, match="multiples of 4"): small(attention=(), patch=2)(torch.zeros(1, 3, 18, 16), emb)
+
+def test_attention_sits_where_it_is_named():
+    net = UNet(UNetConfig(32, channels=16, channel_mult=(1, 2, 2), res_blocks=1, attention=(16,), head_channels=8))
+    assert [s.attn is not None for s in net.down] == [False, False, True, False, False]         # level 32; down, level 16; down, level 8
+    assert [s.attn is not None for s in net.middle] == [True, False]
+    patched = UNet(UNetConfig(32, channels=16, channel_mult=(1, 2), res_blocks=1, attention=(16,), head_channels=8, patch=2))
+    assert [s.attn is not None for s in patched.down] == [True, False, False]
+
+def test_channels_last_and_bf16_agree():
+    net, (x, emb, context) = small(), inputs()
+    want = net(x, emb, context)
+    net = net.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(net(x.to(memory_format=torch.channels_last), emb, context), want, rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16): got = net(x, emb, context)
+    assert (got.float() - want).norm() < 0.03 * want.norm()
+
+def test_every_parameter_gets_a_gradient():
+    net, (x, emb, context) = small(channel_mult=(1, 2, 2)), inputs()
+    net(x, emb, context).square().mean().backward()
+    assert not [n for n, p in net.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
+
+def test_dropout_only_in_training():
+    net, args = small(dropout=0.5), inputs()
+    assert torch.equal(net(*args), net(*args)) and not torch.equal(net.train()(*args), net(*args))
+
+def test_groups_divide():
+    for c in [*range(4, 65), 80, 96, 160, 512, 640, 2048]: assert c % norm(c).num_groups == 0 and (c // norm(c).num_groups >= 4)
+    assert norm(512).num_groups == 32 and norm(3).num_groups == 1
+    assert all(p.abs().max() == 0 for p in zero(nn.Conv2d(2, 2, 3)).parameters())
+
+def test_bad_configs_are_named():
+    with pytest.raises(UnclipError, match="heads of 24"): small(head_channels=24)
