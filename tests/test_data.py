@@ -239,7 +239,7 @@ def test_missing_sources(monkeypatch, tmp_path):
     with pytest.raises(UnclipError, match="check the path"): load_captioned("no/such/folder")
     with pytest.raises(UnclipError, match="check the path"): load_captioned("nowhere")
     with pytest.raises(UnclipError, match="hub gives no data set"): load_captioned("nobody/nothing-at-all")
-    with pytest.raises(UnclipError, match="cannot read .zip"): (tmp_path / "a.zip").write_text(""); load_captioned(tmp_path / "a.zip")
+    with pytest.raises(UnclipError, match="cannot read .*a.zip"): (tmp_path / "a.zip").write_text(""); load_captioned(tmp_path / "a.zip")
     with pytest.raises(UnclipError, match="no split 'best'"): load_captioned("shapes", "best")
     with pytest.raises(UnclipError, match="no split 'best'"): load_captioned(tmp_path, "best")
 

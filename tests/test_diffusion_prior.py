@@ -34,6 +34,8 @@ def test_paper_preset_is_table_3():
 
 def to_diffusers(prior):
     "The same weights in diffusers' PriorTransformer, which has one input width for text and embeddings."
+    from unclip_nb.clip import import_open_clip
+    import_open_clip()                                                  # lets torchvision load beside a CPU-only torch; diffusers needs it
     from diffusers import PriorTransformer
     c, net = prior.config, prior.net
     theirs = PriorTransformer(c.heads, c.width // c.heads, c.layers, embedding_dim=c.clip_dim, num_embeddings=c.context_length).eval()

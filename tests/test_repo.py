@@ -1,5 +1,5 @@
 "What holds for the repository as a whole: the package is what the notebooks export, in the order of their numbers, as they were run."
-import ast, builtins, json, os, re, shutil, subprocess, symtable, sys
+import ast, builtins, json, re, shutil, subprocess, symtable, sys
 from configparser import ConfigParser
 from pathlib import Path
 import pytest
@@ -31,7 +31,7 @@ def test_package_is_what_the_notebooks_export(tmp_path):
     for f in ('settings.ini', 'pyproject.toml', 'README.md', 'setup.py'): shutil.copy(ROOT/f, tmp_path/f)
     shutil.copytree(NBS, tmp_path/'nbs', ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
     (tmp_path/'unclip_nb').mkdir(); shutil.copy(LIB/'__init__.py', tmp_path/'unclip_nb')
-    run = subprocess.run([sys.executable, '-c', 'from nbdev.export import nb_export; from nbdev.doclinks import nbdev_export; nbdev_export()'],
+    run = subprocess.run([sys.executable, '-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()'],
                          cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     read = lambda folder: {p.name: p.read_text('utf8') for p in folder.glob('*.py')}
@@ -107,7 +107,7 @@ def test_opens_with_a_title_and_a_purpose(path):
 def test_lesson_closes_with_summary_exercises_and_next(path):
     if not path.stem[:2].isdigit(): pytest.skip('the tour has its own end')
     text = '\n'.join(source(c) for c in cells(path, 'markdown'))
-    assert not [w for w in ('Summary', 'Exercises', 'Next:') if w not in text]
+    assert not [w for w in ('Summary', 'Exercises', 'Next:') if w.lower() not in text.lower()]
     assert (NBS/'solutions'/path.name).exists()
 
 # The files

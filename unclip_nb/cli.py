@@ -25,7 +25,7 @@ PRESETS = ("nano", "tiny")
 # %% ../nbs/19_cli.ipynb #fa0f478c
 def train_config(stage:str, preset:str) -> TrainConfig:
     "How a stage of a preset is trained by default: every number was measured on two CPU cores."
-    fast = dict(precision="bf16", channels_last=True, schedule="onecycle", ema_decay=0.995)
+    fast = dict(channels_last=True, schedule="onecycle", ema_decay=0.995)
     table = {
         "nano": dict(clip      =TrainConfig(steps=200, batch_size=256, lr=1e-3),
                      prior     =TrainConfig(steps=600, batch_size=256, lr=1e-3),
@@ -33,7 +33,7 @@ def train_config(stage:str, preset:str) -> TrainConfig:
                      upsampler1=TrainConfig(steps=300, batch_size=32, lr=2e-3, **fast)),
         "tiny": dict(clip      =TrainConfig(steps=600, batch_size=256, lr=1e-3),
                      prior     =TrainConfig(steps=3000, batch_size=256, lr=1e-3),
-                     decoder   =TrainConfig(steps=3000, batch_size=64, lr=2e-3, **fast),
+                     decoder   =TrainConfig(steps=3000, batch_size=32, lr=1.5e-3, **fast),
                      upsampler1=TrainConfig(steps=1000, batch_size=32, lr=2e-3, **fast)),
     }
     return table[preset][stage]
@@ -89,7 +89,7 @@ def train_stage(
             raise UnclipError(f"the {stage} needs a CLIP: run `unclip train clip --out {out}` first, or name one with --clip")
         clip = load_clip(str(clip_name or out/"clip")).to(pick_device(device)).eval().requires_grad_(False)
         config = fit_to_clip(config, clip)
-        size = max(clip.image_size, getattr(config, "image_size", 0))
+        size = max(clip.config.image_size, getattr(config, "image_size", 0))
         rows = load_captioned(data, split="train", size=size)
         model = cls(config)
         batches = Batches(rows, train.batch_size, tokenizer=clip.tokenizer, seed=train.seed, prepare=clip.embed_batch)

@@ -39,11 +39,11 @@ class Tokenizer:
         context_length:int=24,  # tokens a caption, start and end included
     ) -> "Tokenizer":
         "Learn the merges. Raises `UnclipError` when a size is too small for the 256 bytes and the marks."
-        from tokenizers import Tokenizer as BPE, decoders, models, normalizers, pre_tokenizers, processors, trainers
+        from tokenizers import Regex, Tokenizer as BPE, decoders, models, normalizers, pre_tokenizers, processors, trainers
         if vocab_size < 259: raise UnclipError(f"vocab_size {vocab_size} is too small: 256 bytes and 3 marks need 259")
         if context_length < 3: raise UnclipError(f"context_length {context_length} is too short: start, one token and end need 3")
         bpe = BPE(models.BPE())
-        bpe.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(" +", " "), normalizers.Strip()])
+        bpe.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()])
         bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel()
         bpe.train_from_iterator(captions, trainers.BpeTrainer(vocab_size=vocab_size - 1, special_tokens=["<pad>", "<start>"], show_progress=False,
                                                               initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
@@ -386,7 +386,7 @@ def _folder_rows(folder, split, streaming, caption_column):
 def _shard_rows(source, files, split, streaming):
     "Rows of parquet or tar shards, and whether they are the split's own."
     kinds = {f.suffix: {".parquet": "parquet", ".tar": "webdataset"}.get(f.suffix) for f in files}
-    if len(kinds) > 1 or None in kinds.values(): raise UnclipError(f"{source}: cannot read {', '.join(sorted(kinds))}: give a folder, or .parquet, or .tar")
+    if len(kinds) > 1 or None in kinds.values(): raise UnclipError(f"cannot read {source}: give a folder of pictures, .parquet files or .tar shards")
     base = os.path.commonpath([f.parent for f in files])
     mine, own = of_split([os.path.relpath(f, base) for f in files], split)
     try: return _datasets().load_dataset(*kinds.values(), data_files=[str(files[i]) for i in mine], split="train", streaming=streaming), own

@@ -155,11 +155,12 @@ def respace(
     """The timesteps a sampler visits, noisiest first: evenly spread over 0 .. T-1, both ends included; a single step is T-1.
     Raises `UnclipError` where T has too few."""
     counts = [steps] if isinstance(steps, int) else list(steps)
-    base, extra, start, kept = T // max(len(counts), 1), T % max(len(counts), 1), 0, []
+    if not counts: raise UnclipError("no diffusion steps to take: give a number, or one for each section")
+    (base, extra), start, kept = divmod(T, len(counts)), 0, []
     for i, n in enumerate(counts):
         size = base + (i < extra)
         if not 1 <= n <= size: raise UnclipError(f"cannot take {n} of {size} diffusion steps: use a number from 1 to {size}")
-        kept += [start + (size - 1 if n == 1 else round(k * (size - 1) / (n - 1))) for k in range(n)]
+        kept += [start + (size - 1 if n == 1 else round(k * ((size - 1) / (n - 1)))) for k in range(n)]
         start += size
     return kept[::-1]
 

@@ -99,6 +99,7 @@ def writing(what:str|Path):
     except (OSError, SafetensorError) as e: raise UnclipError(f"cannot write {what}: {e}; make room or choose another --out") from e
 
 def _sync(path:Path):
+    if os.name != "posix": return
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
     finally: os.close(fd)
@@ -117,7 +118,7 @@ def atomic_folder(
             if folder.exists():
                 for f in sorted(tmp.iterdir()): os.replace(f, folder / f.name)
             else: os.replace(tmp, folder)
-            _sync(folder.parent)
+            _sync(folder); _sync(folder.parent)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
 # %% ../nbs/04_train.ipynb #2d55a34e
@@ -140,13 +141,13 @@ def load_weights(
     tensors:dict[str,Tensor], # by name, as in its state_dict
     source:str|Path="weights",# named in the error
 ):
-    "Put `tensors` into `model`: all of them, all fitting. Raises `UnclipError` naming the first that is missing, unknown or of another shape."
+    "Put `tensors` into `model`. Raises `UnclipError` naming the first that is missing, unknown or of another shape."
     own = model.state_dict()
-    for why, names in (("lacks", own.keys() - tensors.keys()), ("has an unknown", tensors.keys() - own.keys())):
-        if names: raise UnclipError(f"{source} {why} {min(names)!r} ({len(names)} in all): it belongs to another model or version")
+    for why, names in (("no", own.keys() - tensors.keys()), ("an unknown", tensors.keys() - own.keys())):
+        if names: raise UnclipError(f"{source}: {why} {min(names)!r} ({len(names)} in all); these are another model's or version's weights")
     for k, v in own.items():
         if v.shape != tensors[k].shape:
-            raise UnclipError(f"{source} doesn't fit its config: {k!r} is {tuple(tensors[k].shape)}, the config makes it {tuple(v.shape)}")
+            raise UnclipError(f"{source}: {k!r} is {tuple(tensors[k].shape)}, the config makes it {tuple(v.shape)}; use the config it was saved with")
     model.load_state_dict(tensors)
 
 # %% ../nbs/04_train.ipynb #7a9e8b37
@@ -167,11 +168,11 @@ def _local_folder(source:str|Path, **hub) -> Path:
     "`source` itself if it is a folder; else the files of that hub id, downloaded."
     folder = Path(source)
     if folder.is_dir(): return folder
-    a_path = len(folder.parts) > 1 and folder.parent.exists()
-    if a_path or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)): raise UnclipError(f"no folder {str(source)!r} with saved weights: check the path")
+    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)) and not folder.parent.exists()
+    if not hub_id: raise UnclipError(f"no folder {str(source)!r} with saved weights: check the path")
     from huggingface_hub import snapshot_download
     try: return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.txt"], **hub))
-    except Exception as e: raise UnclipError(f"no folder {str(source)!r}, and the hub doesn't give it ({type(e).__name__}): check the name") from None
+    except Exception as e: raise UnclipError(f"no folder {str(source)!r}, nor on the hub ({type(e).__name__}): check the name") from None
 
 # %% ../nbs/04_train.ipynb #22cd66d6
 class Stage(nn.Module, PyTorchModelHubMixin, library_name="unclip_nb"):
@@ -303,6 +304,7 @@ def make_accelerator(
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     device = pick_device(device)
+    if cfg.precision == "fp16" and device.type == "cpu": raise UnclipError("precision fp16 needs a GPU: use bf16 or no")
     AcceleratorState._reset_state("WORLD_SIZE" not in os.environ) # one process may train several stages with different settings
     if device.type == "cuda" and device.index is not None: torch.cuda.set_device(device)
     try: return Accelerator(cpu=device.type == "cpu", mixed_precision=cfg.precision)
@@ -317,7 +319,7 @@ def to_device(
     "The batch on the device."
     def move(v):
         if not isinstance(v, Tensor): return v
-        v = v.to(device, non_blocking=True)
+        v = v.to(device, non_blocking=device.type == "cuda")
         return v.to(memory_format=torch.channels_last) if channels_last and v.ndim == 4 else v
     return {k: move(v) for k, v in batch.items()}
 
@@ -357,7 +359,7 @@ def find_state(
     fresh:dict,   # the state of a new run
     resume:bool,  # go on from a checkpoint?
 ) -> tuple[Path|None, dict]:
-    "The newest checkpoint and its state, or (None, fresh). Raises `UnclipError` if there is one and it isn't asked for, or it was another run's."
+    "The newest checkpoint and its state, or (None, fresh). Raises `UnclipError` if it isn't asked for or is another run's."
     for junk in out.glob("checkpoints/.tmp_*"): shutil.rmtree(junk, ignore_errors=True) # a save that was killed
     if not (found := checkpoints(out)): return None, fresh
     last = found[-1]
@@ -367,7 +369,8 @@ def find_state(
                       **{k: v for k, v in s["train"].items() if k not in MAY_CHANGE}}
     old, new = flat(saved), flat(fresh)
     for k in sorted(old.keys() | new.keys()):
-        if old.get(k) != new.get(k): raise UnclipError(f"{last} has {k} = {old.get(k)!r}, this run {new.get(k)!r}: use the same or choose another --out")
+        a, b = old.get(k), new.get(k)
+        if a != b: raise UnclipError(f"{last} has {k} = {a!r}, this run {b!r}: use the same or choose another --out")
     return last, saved | {"train": fresh["train"]}
 
 # %% ../nbs/04_train.ipynb #d1d0a36b
@@ -392,11 +395,11 @@ def start_run(model:Stage, batches, cfg:TrainConfig, out:str|Path, resume:bool=F
 
 # %% ../nbs/04_train.ipynb #dd18c5d0
 def train_step(
-    run:Run,           # changed in place
-    feed,              # yields micro-batches
-    asked:bool=False,  # has this process been asked to stop?
+    run:Run,                       # changed in place
+    feed,                          # yields micro-batches
+    interrupt:Interrupt|None=None, # has this process been asked to stop?
 ) -> tuple[float, float, bool]:
-    "One optimiser step: the loss, the gradient's norm, and whether any process was asked to stop. Raises `UnclipError` if they aren't finite."
+    "One optimiser step: loss, gradient norm, and whether any process was asked to stop. Raises `UnclipError` for a NaN."
     cfg, acc, step, k = run.cfg, run.accelerator, run.state["step"], run.cfg.accumulate
     total = torch.zeros((), device=acc.device)
     for i in range(step * k, step * k + k):
@@ -407,10 +410,11 @@ def train_step(
             acc.backward(loss)
         total += loss.detach().float()
     norm = float(acc.clip_grad_norm_(run.model.parameters(), cfg.clip_norm or math.inf))
-    loss, stop = acc.reduce(torch.stack([total, torch.full_like(total, asked)]), "mean").tolist()
+    loss, stop = acc.reduce(torch.stack([total, torch.full_like(total, interrupt is not None and interrupt.asked)]), "mean").tolist()
     if not math.isfinite(loss) or not (math.isfinite(norm) or acc.scaler): # fp16's scaler skips an overflowing step by itself
         kept = checkpoints(run.out)[-1:] or ["none yet"]
-        raise UnclipError(f"{run.model.name}: loss {loss:g}, gradient norm {norm:g} at step {step + 1}; last good checkpoint: {kept[0]}; try a lower lr")
+        raise UnclipError(f"{run.model.name}: loss {loss:g}, gradient norm {norm:g} at step {step + 1}; "
+                          f"last good checkpoint: {kept[0]}; try a lower lr")
     for group in run.optimizer.param_groups: group["lr"] = lr_at(step, cfg)
     run.optimizer.step(); run.optimizer.zero_grad()
     ema_update(run.ema, run.model, step, cfg.ema_decay)
@@ -450,21 +454,22 @@ def fit(
     device:str="auto",    # auto, cpu, cuda or mps
     progress:bool=True,   # a bar on stderr?
 ) -> Stage:
-    """Train `model`; returns it with its averaged weights, in eval mode, also saved in `out`. On a CPU a resumed run ends bit for bit where an uninterrupted one does.
-    Raises `UnclipError` (a NaN, a full disk, another run's checkpoint) and, after saving, KeyboardInterrupt (Ctrl-C, SIGTERM)."""
+    """Train `model`; returns it with its averaged weights, in eval mode, also saved in `out`.
+    On a CPU a resumed run ends bit for bit where an uninterrupted one does. Raises `UnclipError` (a NaN, a full disk, another run's checkpoint) and, after saving, KeyboardInterrupt (Ctrl-C, SIGTERM)."""
     from tqdm import tqdm
     run = start_run(model, batches, cfg, out, resume, device)
     acc, state, began = run.accelerator, run.state, time.perf_counter() - run.state["seconds"]
     images, done, busy = cfg.accumulate * batches.batch_size * acc.num_processes, 0, 0.0
     feed = ahead(lambda i: batches.at(i, acc.process_index, acc.num_processes),
                  range(state["step"] * cfg.accumulate, cfg.steps * cfg.accumulate), threaded=acc.device.type != "cpu")
-    bar = tqdm(total=cfg.steps, initial=min(state["step"], cfg.steps), desc=model.name, file=sys.stderr, disable=not (run.main and progress))
+    bar = tqdm(total=cfg.steps, initial=min(state["step"], cfg.steps), desc=model.name, file=sys.stderr,
+               disable=not (run.main and progress))
     def due(every): return state["step"] % every == 0 or state["step"] == cfg.steps
     model.train()
     with Interrupt() as interrupt, bar:
         while state["step"] < cfg.steps:
             t = time.perf_counter()
-            loss, norm, stop = train_step(run, feed, interrupt.asked)
+            loss, norm, stop = train_step(run, feed, interrupt)
             now = time.perf_counter(); done += 1; busy += now - t
             state["recent"].append(loss); state["seconds"] = now - began
             bar.update()

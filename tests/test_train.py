@@ -1,0 +1,373 @@
+"The training loop against hand-written loops and closed forms, and against everything that goes wrong: kills, NaNs, full disks, damaged files."
+import errno, json, math, os, resource, signal, subprocess, sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+import pytest, torch
+from PIL import Image
+from torch import nn
+import unclip_nb.train as train
+from unclip_nb.core import UnclipError
+from unclip_nb.train import Interrupt, Stage, TrainConfig, ahead, checkpoints, config_from, ema_update, fit, lr_at, make_optimizer, read_log
+
+@dataclass
+class ToyConfig:
+    width:int = 8
+    dropout:float = 0.1
+    noise:float = 0.5
+    sizes:tuple[int, ...] = (1, 2)
+
+class Toy(Stage):
+    name = "toy"
+    def __init__(self, config:ToyConfig):
+        super().__init__(config)
+        if config.width % 2: raise ValueError("width must be even")
+        w, self.started = config.width, 0
+        self.net = nn.Sequential(nn.Linear(3, w), nn.LayerNorm(w), nn.GELU(), nn.Dropout(config.dropout), nn.Linear(w, 3))
+        self.register_buffer("mean", torch.zeros(3))
+    def start(self, batches): self.started += 1; self.mean.copy_(batches.at(0)["x"].mean(0))
+    def loss(self, batch, generator):
+        x = batch["x"] - self.mean
+        return (self.net(x + self.config.noise * torch.randn(x.shape, generator=generator).to(x)) - x).square().mean()
+
+class Points:
+    batch_size = 6
+    def at(self, step, rank=0, world=1):
+        x = torch.randn(self.batch_size * world, 3, generator=torch.Generator().manual_seed(step))
+        return {"x": x[rank * self.batch_size:(rank + 1) * self.batch_size], "caption": ["a point"] * self.batch_size}
+
+def toy(**kw): torch.manual_seed(0); return Toy(ToyConfig(**kw))
+def run(out, model=None, batches=None, resume=False, preview=None, **kw):
+    return fit(model or toy(), batches or Points(), replace(CFG, **kw), out, preview, resume, device="cpu", progress=False)
+def same(a, b): return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+def names(out): return [c.name for c in checkpoints(out)]
+def junk(out): return [p for p in Path(out).parent.rglob(".tmp*")]
+CFG = TrainConfig(steps=30, batch_size=6, lr=1e-2, warmup=5, save_every=10, log_every=7)
+
+# ---------------------------------------------------------------- closed forms
+
+def test_cosine_and_constant():
+    c = TrainConfig(steps=100, warmup=10, lr=3.0)
+    for s in range(100):
+        want = 3 * (s + 1) / 10 if s < 10 else 1.5 * (1 + math.cos(math.pi * (s - 10) / 90))
+        assert lr_at(s, c) == pytest.approx(want)
+        assert lr_at(s, replace(c, schedule="constant")) == pytest.approx(min(want, 3) if s < 10 else 3)
+
+@pytest.mark.parametrize("steps", [10, 37, 400])
+def test_onecycle_equals_torch(steps):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
+    for s in range(steps):
+        assert lr_at(s, TrainConfig(steps=steps, lr=2e-3, schedule="onecycle")) == pytest.approx(theirs.get_last_lr()[0], rel=1e-9, abs=1e-12)
+        optimizer.step(); s + 1 < steps and theirs.step()
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant", "onecycle"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_short_runs_have_a_rate(schedule, steps):
+    for s in range(steps): assert 0 < lr_at(s, TrainConfig(steps=steps, warmup=0, schedule=schedule, lr=1.0)) <= 1
+
+def test_ema_closed_form():
+    model, ema = nn.Linear(1, 1, bias=False).double(), nn.Linear(1, 1, bias=False).double()
+    ws, want = torch.randn(200, generator=torch.Generator().manual_seed(0)).double(), []
+    d = [min(0.9, (1 + s) / (10 + s)) for s in range(200)]
+    start = ema.weight.item()
+    for s, w in enumerate(ws): model.weight.data.fill_(w); ema_update(ema, model, s, 0.9)
+    want = start * math.prod(d) + sum((1 - d[i]) * math.prod(d[i + 1:]) * ws[i].item() for i in range(200))
+    assert ema.weight.item() == pytest.approx(want, rel=1e-10)
+
+def test_who_decays():
+    decay, rest = make_optimizer(toy(), TrainConfig(weight_decay=0.1)).param_groups
+    assert [g["weight_decay"] for g in (decay, rest)] == [0.1, 0.0]
+    assert all(p.ndim == 2 for p in decay["params"]) and all(p.ndim == 1 for p in rest["params"]) and len(decay["params"] + rest["params"]) == 6
+
+# ---------------------------------------------------------------- the loop
+
+def by_hand(model, cfg, batch):
+    "AdamW from its definition, clipping, schedule and EMA, without torch.optim."
+    params = list(model.parameters()); m, v = [[torch.zeros_like(p) for p in params] for _ in range(2)]
+    ema = [p.detach().clone() for p in params]
+    for step in range(cfg.steps):
+        grads = torch.autograd.grad(model.loss(batch(step), None), params)
+        norm = torch.sqrt(sum(g.square().sum() for g in grads))
+        lr, d = lr_at(step, cfg), min(cfg.ema_decay, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for i, (p, g) in enumerate(zip(params, grads)):
+                g = g * min(1, cfg.clip_norm / norm)
+                if p.ndim > 1: p -= lr * cfg.weight_decay * p
+                m[i] = cfg.beta1 * m[i] + (1 - cfg.beta1) * g; v[i] = cfg.beta2 * v[i] + (1 - cfg.beta2) * g * g
+                p -= lr * (m[i] / (1 - cfg.beta1**(step + 1))) / ((v[i] / (1 - cfg.beta2**(step + 1))).sqrt() + cfg.eps)
+                ema[i] = d * ema[i] + (1 - d) * p
+    return ema
+
+def test_equals_a_loop_written_by_hand(tmp_path):
+    cfg = dict(steps=25, weight_decay=0.3, clip_norm=0.2, ema_decay=0.8)
+    model = run(tmp_path, toy(dropout=0, noise=0), **cfg)
+    reference = toy(dropout=0, noise=0); reference.start(Points())
+    for ours, theirs in zip(model.parameters(), by_hand(reference, replace(CFG, **cfg), Points().at)):
+        assert torch.allclose(ours, theirs, atol=2e-6), (ours - theirs).abs().max()
+    norms = [r["grad_norm"] for r in read_log(tmp_path)]
+    assert max(norms) > 0.2 and not model.training     # it did clip
+
+def test_accumulation_equals_a_larger_batch(tmp_path):
+    class Small(Points):
+        batch_size = 3
+        def at(self, step, rank=0, world=1): return {"x": Points().at(step // 2)["x"][3 * (step % 2):][:3]}
+    class Start(Toy): # the same statistics for both
+        def start(self, batches): pass
+    torch.manual_seed(0); a = Start(ToyConfig(dropout=0, noise=0)); torch.manual_seed(0); b = Start(ToyConfig(dropout=0, noise=0))
+    run(tmp_path / "a", a); run(tmp_path / "b", b, Small(), accumulate=2)
+    assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(a.parameters(), b.parameters()))
+
+def test_log_curve_previews_and_files(tmp_path):
+    seen = []
+    def preview(model):
+        seen.append((model.training, torch.is_grad_enabled())); return Image.new("RGB", (4, 4))
+    out = tmp_path / "deep" / "run"
+    model = run(out, preview=preview, preview_every=20, steps=25)
+    rows = read_log(out)
+    assert [r["step"] for r in rows] == [7, 14, 21, 25] and set(rows[0]) == {"step", "loss", "lr", "grad_norm", "images_per_s", "seconds"}
+    assert [r["lr"] for r in rows] == [lr_at(s - 1, replace(CFG, steps=25)) for s in (7, 14, 21, 25)]
+    assert sorted(p.name for p in out.rglob("*.png")) == ["loss.png", "step_000020.png", "step_000025.png"] and seen == [(False, False)] * 2
+    assert names(out) == ["step_00000020", "step_00000025"] and model.started == 1
+    assert sorted(p.name for p in checkpoints(out)[-1].iterdir()) == ["ema.safetensors", "model.safetensors", "optimizer.safetensors", "state.json"]
+    assert same(Toy.from_pretrained(out), model) and not junk(out)
+    assert not [p for p in out.rglob("*") if p.suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt")]
+
+def test_bf16_channels_last_and_other_settings_one_after_another(tmp_path):
+    a = run(tmp_path / "a"); b = run(tmp_path / "b", precision="bf16", channels_last=True); c = run(tmp_path / "c")
+    assert same(a, c) and not same(a, b) and all(p.dtype == torch.float32 for p in b.parameters())
+    assert max((x - y).abs().max() for x, y in zip(a.parameters(), b.parameters())) < 0.1
+    assert type(b).forward is Stage.forward and "forward" not in vars(b)    # accelerate left the stage alone
+
+def test_ahead_keeps_order_and_passes_errors_on():
+    assert list(ahead(lambda s: s, range(5), True)) == list(ahead(lambda s: s, range(5), False)) == [0, 1, 2, 3, 4]
+    assert list(ahead(lambda s: s, range(3, 3), True)) == []
+    with pytest.raises(ZeroDivisionError): list(ahead(lambda s: 1 // (2 - s), range(5), True))
+
+# ---------------------------------------------------------------- stopping and resuming
+
+SCRIPT = '''
+import os, random, select, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from test_train import CFG, Points, checkpoints, junk, run
+work, rng = Path(sys.argv[2]), random.Random(0)
+
+def child(out, target=None, saving=False):
+    "A process that trains; it tells its step, and lingers once past `target` (or in the middle of the next save)."
+    r, w = os.pipe(); pid = os.fork()
+    if pid: os.close(w); return pid, r
+    class Telling(Points):
+        def at(self, step, rank=0, world=1):
+            if target is not None and not saving and step >= target: os.write(w, b"x"); time.sleep(0.02)
+            return super().at(step, rank, world)
+    if saving:
+        fsync, calls = os.fsync, []
+        def slow(fd):
+            fsync(fd); calls.append(fd)
+            if len(calls) > target: os.write(w, b"x"); time.sleep(60)
+        os.fsync = slow
+    try: run(out, batches=Telling(), resume=True, steps=150, keep=2); os._exit(0)
+    except BaseException as e: print(repr(e), file=sys.stderr); os._exit(1)
+
+pid, _ = child(work / "whole"); assert os.waitpid(pid, 0)[1] == 0
+targets = sorted(rng.sample(range(5, 120), 5)); mid_save = rng.randrange(5)
+for i, target in enumerate(targets):
+    pid, r = child(work / "killed", rng.randrange(6, 10) if i == mid_save else target, saving=i == mid_save)
+    assert select.select([r], [], [], 60)[0]
+    if i != mid_save: time.sleep(rng.uniform(0, 0.1))
+    os.kill(pid, signal.SIGKILL)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL, "it had ended before it was killed"
+    if i == mid_save: assert [j for j in junk(work / "killed") if j.is_dir()], "nothing half-written, so it was not killed while saving"
+    print(i, "killed", "in a save" if i == mid_save else f"after step {target}", [c.name for c in checkpoints(work / "killed")])
+pid, _ = child(work / "killed"); assert os.waitpid(pid, 0)[1] == 0
+'''
+
+def test_killed_five_times_ends_bit_for_bit_the_same(tmp_path):
+    done = subprocess.run([sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("killed") == 5 and "in a save" in done.stdout
+    a, b = tmp_path / "whole", tmp_path / "killed"
+    assert names(a) == names(b) and not junk(b)
+    for f in sorted(a.rglob("*.safetensors")): assert f.read_bytes() == (b / f.relative_to(a)).read_bytes(), f
+    curve = lambda out: [(r["step"], r["loss"], r["lr"], r["grad_norm"]) for r in read_log(out)]
+    assert curve(a) == curve(b) and len(curve(a)) == 22
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_polite_stop_saves_and_says_how_to_go_on(tmp_path, number, capfd):
+    class Stopping(Points):
+        def at(self, step, rank=0, world=1):
+            if step == 12: signal.raise_signal(number)
+            return super().at(step, rank, world)
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt): fit(toy(), Stopping(), CFG, tmp_path / "b", device="cpu")
+    assert signal.getsignal(number) is before and "--resume" in capfd.readouterr().err
+    assert names(tmp_path / "b")[-1] == "step_00000013"
+    assert same(run(tmp_path / "a"), run(tmp_path / "b", resume=True))
+
+def test_a_second_signal_acts_at_once():
+    with Interrupt():
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt): signal.raise_signal(signal.SIGINT)
+
+def test_resume_with_accumulation_and_more_steps(tmp_path):
+    a = run(tmp_path / "a", accumulate=3, schedule="constant", steps=30)
+    run(tmp_path / "b", accumulate=3, schedule="constant", steps=11)
+    model = toy(); b = run(tmp_path / "b", model, accumulate=3, schedule="constant", steps=30, save_every=4, keep=1, resume=True)
+    assert same(a, b) and model.started == 0 and names(tmp_path / "b") == ["step_00000030"]
+    again = run(tmp_path / "b", accumulate=3, schedule="constant", steps=30, resume=True)        # nothing left to do
+    assert same(again, b)
+
+def test_a_checkpoint_is_neither_overwritten_nor_mixed(tmp_path):
+    out = tmp_path / "r"; run(out, steps=10)
+    with pytest.raises(UnclipError, match="--resume or choose another --out"): run(out)
+    for change in (dict(lr=1.0), dict(batch_size=7), dict(seed=1), dict(ema_decay=0.5)):
+        with pytest.raises(UnclipError, match=next(iter(change))): run(out, resume=True, **change)
+    with pytest.raises(UnclipError, match="model.width = 8, this run 16"): run(out, toy(width=16), resume=True)
+    class Other(Toy): name = "other"
+    with pytest.raises(UnclipError, match="stage"): run(out, Other(ToyConfig()), resume=True)
+    assert names(out) == ["step_00000010"]
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    run(tmp_path / "r"); last = checkpoints(tmp_path / "r")[-1]
+    file = last / "optimizer.safetensors"; file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(UnclipError, match="step_00000030/optimizer.safetensors is damaged"): run(tmp_path / "r", resume=True)
+    file.unlink()
+    with pytest.raises(UnclipError, match="optimizer.safetensors is missing"): run(tmp_path / "r", resume=True)
+
+# ---------------------------------------------------------------- faults
+
+@pytest.mark.parametrize("where", ["data", "gradient"])
+def test_nan_stops_before_the_step(tmp_path, where):
+    class Bad(Points):
+        def at(self, step, rank=0, world=1):
+            batch = super().at(step, rank, world)
+            if step == 15: batch["x"][0, 0] = math.nan if where == "data" else 0
+            return batch
+    class BadGradient(Toy):
+        def loss(self, batch, generator):
+            loss = super().loss(batch, generator)
+            return loss + (loss * 0).sqrt() if where == "gradient" and (batch["x"][0, 0] == 0) else loss  # finite, with an infinite slope
+    torch.manual_seed(0); model = BadGradient(ToyConfig())
+    with pytest.raises(UnclipError, match=r"toy: loss .* at step 16; last good checkpoint: .*step_00000010; try a lower lr"): run(tmp_path, model, Bad())
+    assert all(p.isfinite().all() for p in model.parameters()) and names(tmp_path) == ["step_00000010"]
+    assert [r["step"] for r in read_log(tmp_path)] == [7, 14]
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    write = train.save_file
+    def full(tensors, path, **kw):
+        if "step_00000020" in str(path) and "optimizer" in str(path):
+            Path(path).write_bytes(b"half"); raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return write(tensors, path, **kw)
+    monkeypatch.setattr(train, "save_file", full)
+    with pytest.raises(UnclipError, match="cannot write .*step_00000020: .*No space left"): run(tmp_path / "r")
+    assert names(tmp_path / "r") == ["step_00000010"] and not junk(tmp_path / "r")
+    monkeypatch.undo()
+    assert same(run(tmp_path / "r", resume=True), run(tmp_path / "whole"))
+
+def test_a_file_that_cannot_grow_leaves_the_old_weights(tmp_path):
+    "The writer itself refused by the system, not a mock."
+    model = toy(width=1024); model.save_pretrained(tmp_path / "w")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        with pytest.raises(UnclipError, match="cannot write .*/w: .*File too large"): toy(width=512).save_pretrained(tmp_path / "w")
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert same(Toy.from_pretrained(tmp_path / "w"), model) and not junk(tmp_path / "w")
+
+def test_an_out_that_is_a_file(tmp_path):
+    (tmp_path / "f").write_text("")
+    with pytest.raises(UnclipError, match="cannot write"): run(tmp_path / "f")
+
+def test_impossible_settings():
+    for bad in (dict(schedule="cosinus"), dict(precision="fp8"), dict(steps=0), dict(keep=0), dict(accumulate=0)):
+        with pytest.raises(UnclipError, match=next(iter(bad))): TrainConfig(**bad)
+    with pytest.raises(UnclipError, match="fp16"): train.make_accelerator(TrainConfig(precision="fp16"), "cpu")
+
+# ---------------------------------------------------------------- saving and loading a stage
+
+def test_save_and_load(tmp_path):
+    model = toy(sizes=(3, 4)).train(); model.mean.fill_(1/3)
+    model.save_pretrained(tmp_path / "a" / "b"); again = Toy.from_pretrained(tmp_path / "a" / "b")
+    assert same(model, again) and again.config == model.config and again.config.sizes == (3, 4) and not again.training
+    model.save_pretrained(tmp_path / "half", dtype=torch.float16); half = Toy.from_pretrained(tmp_path / "half")
+    assert torch.equal(half.mean, model.mean) and all(p.dtype == torch.float32 for p in half.parameters())
+    assert all(torch.equal(a.half().float(), b) for a, b in zip(model.parameters(), half.parameters()))
+    assert json.loads((tmp_path / "half/config.json").read_text()) == asdict(model.config) | {"sizes": [3, 4]}
+
+def test_more_files_travel_along(tmp_path):
+    class Talking(Toy):
+        def save_files(self, folder): (folder / "words.txt").write_text("star")
+        def load_files(self, folder): self.words = (folder / "words.txt").read_text()
+    Talking(ToyConfig()).save_pretrained(tmp_path / "t")
+    assert Talking.from_pretrained(tmp_path / "t").words == "star"
+
+def test_push_to_hub_uploads_the_same_files(tmp_path, monkeypatch):
+    class Api:
+        def __init__(self, **kw): pass
+        def create_repo(self, repo_id, **kw): return type("Repo", (), {"repo_id": repo_id})
+        def upload_folder(self, folder_path, **kw): return sorted(p.name for p in Path(folder_path).iterdir())
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
+    assert toy().push_to_hub("someone/toy") == ["config.json", "model.safetensors"]
+
+def test_what_cannot_be_loaded_is_named(tmp_path):
+    def broken(name, change):
+        folder = tmp_path / name; toy().save_pretrained(folder); change(folder / "config.json", folder / "model.safetensors")
+        return folder
+    def edit(**kw): return lambda c, w: c.write_text(json.dumps(json.loads(c.read_text()) | kw))
+    cases = {"no folder": tmp_path / "none", "model.safetensors is missing": broken("a", lambda c, w: w.unlink()),
+             "config.json is missing": broken("b", lambda c, w: c.unlink()), "config.json is not JSON": broken("c", lambda c, w: c.write_text("{")),
+             "damaged or truncated": broken("d", lambda c, w: w.write_bytes(w.read_bytes()[:-3])), "damaged": broken("e", lambda c, w: w.write_bytes(b"")),
+             r"'net.0.weight' is \(8, 3\), the config makes it \(16, 3\)": broken("f", edit(width=16)),
+             "unknown field 'depth'": broken("g", edit(depth=3)), "width must be even": broken("h", edit(width=7))}
+    for message, folder in cases.items():
+        with pytest.raises(UnclipError, match=message): Toy.from_pretrained(folder)
+    with pytest.raises(UnclipError, match="model.safetensors: no 'extra'"):
+        class More(Toy):
+            def __init__(self, config:ToyConfig): super().__init__(config); self.extra = nn.Parameter(torch.zeros(1))
+        toy().save_pretrained(tmp_path / "i"); More.from_pretrained(tmp_path / "i")
+
+def test_nested_tuples_come_back():
+    @dataclass
+    class Nested: a:tuple = ((1, 2), (3,))
+    assert config_from(Nested, json.loads(json.dumps(asdict(Nested())))) == Nested()
+
+# ---------------------------------------------------------------- many processes
+
+PAIR = '''
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from test_train import run, toy
+from unclip_nb.core import UnclipError
+os.environ |= dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[3])
+pids = []
+for rank in range(2):
+    if not (pid := os.fork()):
+        os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank))
+        out = Path(sys.argv[2]) / "pair"
+        run(out, toy(dropout=0, noise=0), steps=12, accumulate=2)
+        run(out, toy(dropout=0, noise=0), steps=20, accumulate=2, schedule="cosine", resume=True)
+        os._exit(0)
+    pids.append(pid)
+sys.exit(any([os.waitpid(p, 0)[1] for p in pids]))
+'''
+
+def test_two_processes_equal_one_with_the_whole_batch(tmp_path):
+    import socket
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    done = subprocess.run([sys.executable, "-c", PAIR, str(Path(__file__).parent), str(tmp_path), str(port)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    class Both(Points): # what two ranks saw together: mean of two equal halves
+        batch_size = 12
+    class Start(Toy):
+        def start(self, batches): self.mean.copy_(Points().at(0)["x"].mean(0))
+    torch.manual_seed(0); whole = Start(ToyConfig(dropout=0, noise=0))
+    run(tmp_path / "one", whole, Both(), steps=12, accumulate=2); torch.manual_seed(0)
+    whole = run(tmp_path / "one", Start(ToyConfig(dropout=0, noise=0)), Both(), steps=20, accumulate=2, resume=True)
+    pair = Toy.from_pretrained(tmp_path / "pair")
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(pair.parameters(), whole.parameters()))
+    with pytest.raises(UnclipError, match="processes = 2, this run 1"): run(tmp_path / "pair", toy(dropout=0, noise=0), steps=20, accumulate=2, resume=True)

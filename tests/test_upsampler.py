@@ -1,0 +1,167 @@
+"The upsampler: its arithmetic against PIL and closed forms, its sampler with a perfect network, its promises, and the shipped weights."
+from pathlib import Path
+import numpy as np, pytest, torch
+from PIL import Image
+from unclip_nb.core import UnclipError, count_parameters, generator, randn, resize
+from unclip_nb.diffusion import ddim_sample, predict, q_sample, target
+from unclip_nb.shapes import render, scene_at
+from unclip_nb.unet import UNet
+from unclip_nb.upsampler import Upsampler, UpsamplerConfig, crops, enlarge, psnr
+
+WEIGHTS = Path(__file__).parent.parent / "data" / "tiny" / "upsampler1"
+
+def little(**kw): return UpsamplerConfig(**(dict(low_size=8, channels=16, channel_mult=(1, 2), res_blocks=1, patch=4, crop=0.5) | kw))
+
+def model(seed=0, **kw):
+    "A small one whose zero layers are shaken, so that it answers something."
+    torch.manual_seed(seed)
+    net = Upsampler(little(**kw)).eval()
+    for p in net.parameters():
+        if p.abs().max() == 0: torch.nn.init.normal_(p, std=0.05)
+    return net
+
+def pictures(n, size=32, start=0): return render([scene_at(start + i, "valid") for i in range(n)], size)
+
+# -- arithmetic ------------------------------------------------------------------------------------------------------------
+def test_psnr_is_the_textbook_one():
+    a, b = np.random.default_rng(0).integers(0, 256, (2, 5, 3, 8, 8))
+    want = [10 * np.log10(255 ** 2 / np.mean((x - y) ** 2.)) for x, y in zip(a, b)]
+    got = psnr(*(torch.tensor(x).float() / 127.5 - 1 for x in (a, b)))
+    np.testing.assert_allclose(got.numpy(), want, rtol=1e-5)
+    assert psnr(torch.full((1, 3, 2, 2), 9.), torch.ones(1, 3, 2, 2)).item() > 100     # clipped first
+
+@pytest.mark.parametrize("mode,how", [("nearest", Image.NEAREST), ("bilinear", Image.BILINEAR)])
+def test_enlarge_equals_pil(mode, how):
+    x = torch.randn(1, 1, 6, 9)
+    want = np.array(Image.fromarray(x[0, 0].numpy()).resize((36, 24), how))
+    np.testing.assert_allclose(enlarge(x, 4, mode)[0, 0].numpy(), want, atol=1e-5)
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear", "bicubic"])
+def test_enlarge_keeps_flat_pictures_and_is_centred(mode):
+    assert torch.allclose(enlarge(torch.full((1, 3, 4, 4), 0.3), 4, mode), torch.tensor(0.3))
+    x = torch.randn(1, 3, 5, 5)
+    assert torch.allclose(enlarge(x.flip(3), 4, mode), enlarge(x, 4, mode).flip(3), atol=1e-5)
+
+def test_crops_are_aligned_pieces_of_their_own_picture():
+    ys, xs = torch.meshgrid(torch.arange(24.), torch.arange(32.), indexing="ij")
+    x = torch.stack([torch.stack([torch.full_like(xs, i), ys, xs]) for i in range(3)])
+    got = crops(x, 8, 50, align=4, generator=generator(0))
+    assert got.shape == (150, 3, 8, 8) and (got[:, 0] == torch.arange(3.).repeat_interleave(50)[:, None, None]).all()
+    corners = got[:, 1:, 0, 0]
+    assert (corners % 4 == 0).all() and torch.equal(got[:, 1, :, 0] - corners[:, :1], torch.arange(8.).expand(150, 8))
+    assert set(corners[:, 0].tolist()) == {0, 4, 8, 12, 16} and set(corners[:, 1].tolist()) == {0, 4, 8, 12, 16, 20, 24}   # to the very edge
+
+# -- the loss --------------------------------------------------------------------------------------------------------------
+def spy(net, monkeypatch):
+    "What the network was given; it answers zero."
+    seen = {}
+    def network(x_t, t, big): seen.update(x_t=x_t, t=t, big=big); return torch.zeros_like(x_t)
+    monkeypatch.setattr(net, "network", network)
+    return seen
+
+def test_loss_gives_the_network_matching_pieces(monkeypatch):
+    net = model(blur_p=0., crop=0.5, crops=3, T=1000); seen = spy(net, monkeypatch)
+    x0 = (torch.linspace(-1, 1, 32)[:, None] * torch.tensor([1., .5, -.5])[:, None, None] + 0.7 * torch.linspace(-1, 1, 32)).clamp(-1, 1)[None].repeat(4, 1, 1, 1)
+    x0 = enlarge(resize(x0, 8))                                       # smooth enough for its own enlargement to be close to it
+    monkeypatch.setattr(torch, "randint", lambda lo, hi, shape, generator=None, _r=torch.randint: _r(lo, hi if hi < 1000 else 1, shape, generator=generator))
+    loss = net.loss({"image": x0}, generator(0))
+    assert seen["x_t"].shape == seen["big"].shape == (12, 3, 16, 16) and (seen["t"] == 0).all()
+    clean = seen["x_t"] / net.schedule.signal[0].item()                # at t = 0 hardly any noise
+    assert (clean - seen["big"]).abs().mean() < 0.03                   # the same piece of the same picture; 1 small pixel off would be 0.1
+    assert loss.item() == pytest.approx(1, abs=0.1)                    # v at t = 0 is the noise
+
+def test_loss_is_the_mean_squared_error_to_the_target(monkeypatch):
+    for kind in ("eps", "x0", "v"):
+        net = model(blur_p=0., crop=1.0, target=kind); seen = spy(net, monkeypatch); x0 = pictures(4)
+        loss = net.loss({"image": x0}, generator(1))
+        t, a, s = seen["t"], *(net.schedule.gather(k, seen["t"], x0) for k in ("signal", "noise"))
+        noise = (seen["x_t"] - a * x0) / s
+        want = target(net.schedule, kind, x0, noise, t).square().mean()
+        torch.testing.assert_close(loss, want, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(seen["big"], enlarge(resize(x0, 8)))
+
+def test_blur_happens_to_its_share_only(monkeypatch):
+    x0, share = pictures(200), []
+    for p in (0., 0.5, 1.):
+        net = model(blur_p=p, crop=1.0); seen = spy(net, monkeypatch); net.loss({"image": x0}, generator(2))
+        share.append((seen["big"] - enlarge(resize(x0, 8))).flatten(1).abs().amax(1).gt(1e-5).double().mean().item())
+    assert share[0] == 0 and 0.35 < share[1] < 0.65 and share[2] == 1
+
+def test_loss_is_a_function_of_its_generator_and_takes_any_size():
+    net, x0 = model(), pictures(4)
+    assert torch.equal(net.loss({"image": x0}, generator(3)), net.loss({"image": x0}, generator(3)))
+    assert not torch.equal(net.loss({"image": x0}, generator(3)), net.loss({"image": x0}, generator(4)))
+    assert net({"image": pictures(4, 64)}, generator(3)).isfinite()     # forward is loss; larger pictures are averaged down first
+
+# -- the sampler -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["eps", "x0", "v"])
+def test_a_perfect_network_gives_the_picture_back(kind, monkeypatch):
+    net, x0 = model(target=kind), pictures(3)
+    def network(x_t, t, big):
+        assert torch.equal(big, enlarge(resize(x0, 8)))
+        noise = (x_t - net.schedule.gather("signal", t, x_t) * x0) / net.schedule.gather("noise", t, x_t)
+        return target(net.schedule, kind, x0, noise, t)
+    monkeypatch.setattr(net, "network", network)
+    assert psnr(net.sample(resize(x0, 8), generator=generator(0)), x0).min() > (35 if kind == "eps" else 60)
+
+def test_a_row_does_not_depend_on_its_batch():
+    net, low = model(), resize(pictures(3), 8)
+    gens = lambda rows: [generator("row", i) for i in rows]
+    together, alone = net.sample(low, 4, gens(range(3))), net.sample(low[1:2], 4, gens([1]))
+    torch.testing.assert_close(together[1:2], alone, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(together[1], net.sample(low[1:2], 4, gens([2]))[0], atol=1e-2)
+
+@pytest.mark.parametrize("h,w", [(8, 8), (4, 10), (16, 6)])
+def test_any_size_that_the_stride_divides(h, w):
+    out = model().sample(torch.zeros(1, 3, h, w), 2, generator(0))
+    assert out.shape == (1, 3, 4 * h, 4 * w) and out.abs().max() <= 1 and not out.requires_grad
+    with pytest.raises(UnclipError, match="multiples of 8"): model().sample(torch.zeros(1, 3, 8, 7), 2, generator(0))
+
+def test_default_steps_are_the_papers(monkeypatch):
+    net, asked = model(), []
+    monkeypatch.setattr(net, "network", lambda x_t, t, big: asked.append(t[0].item()) or torch.zeros_like(x_t))
+    net.sample(torch.zeros(1, 3, 8, 8), generator=generator(0))
+    assert len(asked) == 27 and asked[0] == 999 and asked == sorted(asked, reverse=True)
+
+# -- sizes and files -------------------------------------------------------------------------------------------------------
+def test_presets():
+    with torch.device("meta"):
+        counts = {k: count_parameters(UNet(getattr(UpsamplerConfig, k)().unet)) for k in ("nano", "tiny", "small", "paper")}
+    assert counts["paper"] / 1e9 == pytest.approx(0.7277, rel=1e-3) and counts["tiny"] < 2e6 and counts["nano"] < counts["tiny"] < counts["small"]
+    assert [(c.low_size, c.size) for c in (UpsamplerConfig.nano(), UpsamplerConfig.tiny(), UpsamplerConfig.paper())] == [(16, 64), (32, 128), (64, 256)]
+    assert UpsamplerConfig.paper().crop == UpsamplerConfig.tiny().crop == 0.25 and UpsamplerConfig.paper().unet.attention == ()
+    for k in ("nano", "tiny"): Upsampler(getattr(UpsamplerConfig, k)())                     # their crops fit
+
+@pytest.mark.parametrize("crop", [0.1, 0.3, 0., 2.])
+def test_a_crop_that_does_not_fit_is_named(crop):
+    with pytest.raises(UnclipError, match="multiple of the U-Net's stride"): Upsampler(little(crop=crop))
+
+def test_saves_and_loads(tmp_path):
+    net = model(); net.save_pretrained(tmp_path / "up")
+    again, low = Upsampler.from_pretrained(tmp_path / "up"), resize(pictures(1), 8)
+    assert again.config == net.config
+    assert torch.equal(again.sample(low, 3, generator(0)), net.sample(low, 3, generator(0)))
+
+# -- what was learned ------------------------------------------------------------------------------------------------------
+def test_learns_to_beat_its_start():
+    torch.manual_seed(0)
+    net, x0, g, losses = Upsampler(little()), pictures(32), generator("learn"), []
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    for _ in range(60):
+        loss = net.loss({"image": x0}, g); optimizer.zero_grad(); loss.backward(); optimizer.step(); losses.append(loss.item())
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+
+def tiles(x, side): return x.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+
+@pytest.mark.skipif(not WEIGHTS.exists(), reason="no shipped upsampler in data/tiny")
+def test_shipped_weights_beat_bicubic_and_crops_equal_whole_pictures():
+    net = Upsampler.from_pretrained(WEIGHTS)
+    truth = pictures(3, net.config.size, 500); low = resize(truth, net.config.low_size)
+    whole = net.sample(low, generator=[generator("whole", i) for i in range(3)])
+    assert (psnr(whole, truth) > psnr(enlarge(low, 4, "bicubic"), truth) + 1).all()
+    side = net.config.crop_side
+    big, pieces = tiles(enlarge(low), side), tiles(truth, side)
+    ask = lambda x_t, t: predict(net.schedule, net.config.target, net.network(x_t, t, big), x_t, t)
+    with torch.no_grad(): alone = ddim_sample(ask, randn(pieces.shape, generator("alone")), net.schedule, 27)
+    pooled = lambda a, b: psnr(a.reshape(1, 1, 1, -1), b.reshape(1, 1, 1, -1)).item()
+    assert abs(pooled(whole, truth) - pooled(alone, pieces)) < 0.5
