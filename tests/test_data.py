@@ -97,10 +97,10 @@ def save(im, **kw): b = io.BytesIO(); im.save(b, "PNG", **kw); return b.getvalue
 
 def test_crop_is_central_and_resize_is_antialiased():
     g = torch.Generator().manual_seed(0)
-    x = torch.randint(0, 256, (3, 96, 160), generator=g, dtype=torch.uint8)
+    x = torch.randint(90, 166, (3, 96, 160), generator=g, dtype=torch.uint8)     # PIL rounds and clips between its two passes
     im = Image.fromarray(x.permute(1, 2, 0).numpy())
     want = F.interpolate(x[None, :, :, 32:128].float(), (32, 32), mode="bicubic", antialias=True)[0].clamp(0, 255)
-    assert (read_picture(save(im), 32).float() - want).abs().max() <= 1.5
+    assert (read_picture(save(im), 32).float() - want).abs().max() <= 1.1
     assert torch.equal(read_picture(save(im.crop((32, 0, 128, 96))), 96), x[:, :, 32:128])       # same size: untouched
 
 @pytest.mark.parametrize("tag,turn", [(1, 0), (3, 2), (6, 3), (8, 1)])
@@ -201,7 +201,7 @@ def test_bad_rows_are_named_skipped_and_counted(tmp_path, caplog):
     told = " ".join(t for d in parts for t in d.skipped)
     for name in ("003.png: unreadable", "004.png: unreadable", "005.png: the file is missing", "006.png: empty", "007.png: empty", "008.png: no caption"):
         assert name in told, name
-    assert "set: skipped" in caplog.text and sum(map(len, parts)) == 14
+    assert "set: skipped" in caplog.text and "of 20" in caplog.text and sum(map(len, parts)) == 14
     for d in parts: check(d.batch(range(len(d))))
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -297,8 +297,8 @@ def test_distinct_batches_have_no_twins(n, words, size):
     data = Numbers(n, words); plain, b = Batches(data, size), Batches(data, size, distinct=True)
     for s in range(8):
         texts = b.at(s)["caption"]; assert len(set(texts)) == size
-        seen, kept = set(), [i for i in ids(plain.at(s)) if not (t := data.texts([i])[0]) in seen and not seen.add(t)]
-        assert set(kept) <= set(ids(b.at(s)))                                   # only twins were swapped
+        first = {data.texts([i])[0]: i for i in reversed(ids(plain.at(s)))}
+        assert set(first.values()) <= set(ids(b.at(s)))                         # only twins were swapped
     with pytest.raises(UnclipError, match=f"only {words} different captions"): Batches(data, words + 1, distinct=True).at(0)
 
 def test_tokens_and_prepare(tokenizer):

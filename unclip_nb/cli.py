@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'PRESETS', 'CLASSES', 'DEMO_CAPTIONS', 'COMMANDS', 'train_config', 'stage_class', 'model_config',
-           'fit_to_clip', 'preview_captions', 'train_stage', 'stage_preview', 'read_config', 'overruled', 'TrainFlags',
-           'train_options', 'first_words', 'finished', 'train_command', 'Common', 'Generate', 'load', 'save_pictures',
-           'generate_command', 'Embed', 'clip_of', 'embed_command', 'Info', 'stage_facts', 'info_command', 'Demo',
-           'demo_command', 'usage', 'main']
+           'fit_to_clip', 'preview_captions', 'clip_of', 'load_rows', 'write_json', 'train_stage', 'stage_preview',
+           'read_config', 'overruled', 'TrainFlags', 'train_options', 'first_words', 'finished', 'train_command',
+           'Common', 'Generate', 'load', 'save_pictures', 'generate_command', 'Embed', 'embed_command', 'Info',
+           'stage_facts', 'info_command', 'Evaluate', 'evaluate_command', 'Demo', 'demo_command', 'usage', 'main']
 
 # %% ../nbs/19_cli.ipynb #59990121
 import argparse, dataclasses, json, os, sys, time
@@ -68,6 +68,30 @@ def preview_captions(data) -> list[str]:
     return list(EIGHT_CAPTIONS) if type(data).__name__ == "ShapesData" else data.captions(8)
 
 # %% ../nbs/19_cli.ipynb #3a7e2bb5
+def clip_of(name:str, device:str="auto"):
+    "A CLIP by the name of a system, a folder, an open_clip architecture or NAME:WEIGHTS."
+    from unclip_nb.clip import load_clip
+    folder = Path(name)
+    if not folder.exists() and ":" not in name:
+        try: folder = data_path(name)
+        except UnclipError: pass
+    if (folder/"clip"/"config.json").exists(): folder = folder/"clip"
+    return load_clip(str(folder) if folder.exists() else name, pick_device(device)).eval().requires_grad_(False)
+
+def load_rows(data:str, size:int, clip=None):
+    "The training split of a data set, or the embeddings that `unclip embed` left in a folder (of the same CLIP)."
+    from unclip_nb.data import EmbeddedData, load_captioned
+    if not (Path(data)/"meta.json").exists(): return load_captioned(data, split="train", size=size)
+    if clip is None: raise UnclipError(f"{data} holds embeddings: only the prior can be trained from them")
+    return EmbeddedData(data, fingerprint=clip.fingerprint)
+
+def write_json(file:Path, values:dict):
+    "All or nothing."
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(values, indent=1))
+    os.replace(part, file)
+
+# %% ../nbs/19_cli.ipynb #76ba2a4f
 def train_stage(
     stage:str,
     config,                 # the stage's config
@@ -79,31 +103,34 @@ def train_stage(
     device:str="auto",
 ):
     "Train one stage of a system and leave it in `out/stage`."
-    from unclip_nb.clip import load_clip
-    from unclip_nb.data import Batches, Tokenizer, load_captioned
+    from unclip_nb.data import Batches, EmbeddedData, Tokenizer
     from unclip_nb.train import fit
     cls, out = stage_class(stage)[0], Path(out)
     torch.manual_seed(train.seed)
     if stage in ("prior", "decoder"):
         if clip_name is None and not (out/"clip"/"config.json").exists():
             raise UnclipError(f"the {stage} needs a CLIP: run `unclip train clip --out {out}` first, or name one with --clip")
-        clip = load_clip(str(clip_name or out/"clip")).to(pick_device(device)).eval().requires_grad_(False)
+        clip = clip_of(clip_name or str(out/"clip"), device)
         config = fit_to_clip(config, clip)
-        size = max(clip.config.image_size, getattr(config, "image_size", 0))
-        rows = load_captioned(data, split="train", size=size)
+        rows = load_rows(data, max(clip.config.image_size, getattr(config, "image_size", 0)), clip)
+        embedded = isinstance(rows, EmbeddedData)
+        if embedded and stage == "decoder": raise UnclipError("the decoder needs pictures, and embeddings have none: give --data the pictures")
         model = cls(config)
-        batches = Batches(rows, train.batch_size, tokenizer=clip.tokenizer, seed=train.seed, prepare=clip.embed_batch)
+        batches = Batches(rows, train.batch_size, tokenizer=clip.tokenizer, seed=train.seed, prepare=None if embedded else clip.embed_batch)
         preview = stage_preview(stage, clip, rows)
     elif stage == "clip":
-        rows = load_captioned(data, split="train", size=config.image_size)
-        tokenizer = Tokenizer.train(rows.captions(min(len(rows), 20_000)), vocab_size=config.vocab_size, context_length=config.context_length)
+        rows = load_rows(data, config.image_size)
+        tokenizer = Tokenizer.train(rows.captions(20_000), vocab_size=config.vocab_size, context_length=config.context_length)
         model = cls(config, tokenizer=tokenizer)
         batches, preview = Batches(rows, train.batch_size, tokenizer=tokenizer, seed=train.seed, distinct=True), None
     else:
-        rows = load_captioned(data, split="train", size=config.low_size * config.factor)
+        rows = load_rows(data, config.low_size * config.factor)
         model = cls(config)
         batches, preview = Batches(rows, train.batch_size, seed=train.seed), stage_preview(stage, None, rows)
-    return fit(model, batches, train, out/stage, preview=preview, resume=resume, device=device)
+    (out/stage).mkdir(parents=True, exist_ok=True)
+    model = fit(model, batches, train, out/stage, preview=preview, resume=resume, device=device)
+    write_json(out/stage/"run.json", {stage: {"model": dataclasses.asdict(model.config), "train": dataclasses.asdict(train)}})
+    return model
 
 # %% ../nbs/19_cli.ipynb #0e8d0a81
 def stage_preview(stage:str, clip, data):
@@ -200,6 +227,7 @@ def train_command(argv:list[str]):
         part = getattr(opts, s)
         if finished(out/s, part.train): print(f"{s}: already trained in {out/s}"); continue
         train_stage(s, part.model, part.train, out, data=opts.data, clip_name=opts.clip_from, resume=opts.resume, device=opts.device)
+    write_json(out/"unclip.json", {"format": 1, "stages": [s for s in STAGES if (out/s/"config.json").exists()]})
     print(f"trained {', '.join(stages)} in {(time.time() - began) / 60:.1f} minutes: {out}")
 
 # %% ../nbs/19_cli.ipynb #319ce99a
@@ -235,6 +263,8 @@ def save_pictures(images, titles:list[str], folder:str, name:str="sheet", cols:i
     return sheet
 
 def generate_command(c:Generate):
+    from unclip_nb.pipeline import check_captions
+    check_captions(c.captions)
     model = load(c)
     images = model.generate(c.captions, prior=c.prior, n=c.n, guidance=c.guidance, prior_guidance=c.prior_guidance, steps=c.steps, seed=c.seed, progress=True)
     sheet = save_pictures(images.cpu(), [t for t in c.captions for _ in range(c.n)], c.out, cols=min(8, c.n * max(1, 8 // c.n)))
@@ -251,16 +281,6 @@ class Embed:
     n:int|None = None         # the first n rows; all by default (shapes: 50,000)
     batch_size:int = 256
     device:str = "auto"       # auto, cpu, cuda or mps
-
-def clip_of(name:str, device:str="auto"):
-    "A CLIP by the name of a system, a folder, an open_clip architecture or NAME:WEIGHTS."
-    from unclip_nb.clip import load_clip
-    folder = Path(name)
-    if not folder.exists() and ":" not in name:
-        try: folder = data_path(name)
-        except UnclipError: pass
-    if (folder/"clip"/"config.json").exists(): folder = folder/"clip"
-    return load_clip(str(folder) if folder.exists() else name, pick_device(device)).eval().requires_grad_(False)
 
 def embed_command(c:Embed):
     from unclip_nb.clip import embed
@@ -294,6 +314,29 @@ def info_command(c:Info):
         print(f"{r['stage']:12}{r['parameters'] / 1e6:>10.2f} M{r['weights_fp16'] / 1e6:>19.1f} MB{r['training'] / 1e6:>14.1f} MB{t.steps:>8}{t.batch_size:>7}")
     print(f"{'all':12}{sum(r['parameters'] for r in rows) / 1e6:>10.2f} M{sum(r['weights_fp16'] for r in rows) / 1e6:>19.1f} MB")
 
+# %% ../nbs/19_cli.ipynb #321e7838
+@dataclass
+class Evaluate(Common):
+    "Captions judged by a reader without learned weights, at every stage, and CLIP's retrieval: one table."
+    n:int = 256               # captions of each kind
+    guidance:float = 2.0      # of the decoder
+    steps:int = 50            # of the decoder
+    out:str = "out"           # folder for the table and a sheet of pictures a kind
+
+def evaluate_command(c:Evaluate):
+    from unclip_nb.evaluation import KINDS, evaluate, exam, retrieval, table, take_exam
+    began, model = time.time(), load(c)
+    text = table(evaluate(model, c.n, c.guidance, c.steps, c.seed))
+    found = retrieval(model, 1000)
+    text += f"\n\nCLIP, 1,000 unseen scenes with full captions: R@1 {found[0]:.3f} picture to text, {found[1]:.3f} text to picture"
+    text += f"\n{c.n} captions a kind, guidance {c.guidance:g}, {c.steps} steps, seed {c.seed}: {(time.time() - began) / 60:.1f} minutes"
+    folder = Path(c.out); folder.mkdir(parents=True, exist_ok=True)
+    for kind in KINDS:
+        images = take_exam(model, kind, min(c.n, 32), guidance=c.guidance, steps=c.steps, seed=c.seed)[1]
+        image_grid(images, exam(kind, len(images))[1], 8, 128).save(folder/f"{kind.replace(' ', '_')}.png")
+    (folder/"table.txt").write_text(text + "\n")
+    print(text)
+
 # %% ../nbs/19_cli.ipynb #5aa07a77
 @dataclass
 class Demo(Common):
@@ -313,7 +356,7 @@ def demo_command(c:Demo):
     print(f"in {time.time() - began:.0f} s")
 
 # %% ../nbs/19_cli.ipynb #2e599247
-COMMANDS = {"generate": (Generate, generate_command), "embed": (Embed, embed_command), "info": (Info, info_command), "demo": (Demo, demo_command)}
+COMMANDS = {"generate": (Generate, generate_command), "evaluate": (Evaluate, evaluate_command), "embed": (Embed, embed_command), "info": (Info, info_command), "demo": (Demo, demo_command)}
 
 def usage() -> str:
     "One line a command."

@@ -52,6 +52,18 @@ class Tokenizer:
         bpe.enable_truncation(context_length); bpe.enable_padding(length=context_length, pad_id=0, pad_token="<pad>")
         return cls(bpe)
 
+    @classmethod
+    def load(cls, folder:str|Path) -> "Tokenizer|OpenCLIPTokenizer":
+        "Read `folder/tokenizer.json`, ours or the name of one of open_clip's. Raises `UnclipError` where it is missing or broken."
+        from tokenizers import Tokenizer as BPE
+        file = Path(folder) / "tokenizer.json"
+        if not file.is_file(): raise UnclipError(f"no tokenizer.json in {folder}: is this the folder of a trained clip?")
+        try:
+            text = file.read_text(encoding="utf-8"); name = json.loads(text).get("open_clip")
+            return OpenCLIPTokenizer(name) if name else cls(BPE.from_str(text))
+        except UnclipError: raise
+        except Exception as e: raise UnclipError(f"{file} is not a tokenizer ({type(e).__name__}): copy or train the clip again") from None
+
 # %% ../nbs/02_data.ipynb #5fffeea6
 @patch
 def encode(self:Tokenizer, captions:Sequence[str]) -> Int[Tensor, "b n"]:
@@ -80,18 +92,6 @@ def write_text(
 def save(self:Tokenizer, folder:str|Path):
     "Write `folder/tokenizer.json`, in the format of the library `tokenizers`."
     write_text(Path(folder) / "tokenizer.json", self.bpe.to_str(pretty=True))
-
-@patch(cls_method=True)
-def load(cls:Tokenizer, folder:str|Path):
-    "Read `folder/tokenizer.json`, ours or the name of one of open_clip's. Raises `UnclipError` where it is missing or broken."
-    from tokenizers import Tokenizer as BPE
-    file = Path(folder) / "tokenizer.json"
-    if not file.is_file(): raise UnclipError(f"no tokenizer.json in {folder}: is this the folder of a trained clip?")
-    try:
-        text = file.read_text(encoding="utf-8"); name = json.loads(text).get("open_clip")
-        return OpenCLIPTokenizer(name) if name else cls(BPE.from_str(text))
-    except UnclipError: raise
-    except Exception as e: raise UnclipError(f"{file} is not a tokenizer ({type(e).__name__}): copy or train the clip again") from None
 
 # %% ../nbs/02_data.ipynb #25219c88
 def import_open_clip():
@@ -373,15 +373,17 @@ def _standard(rows, image, caption):
 
 # %% ../nbs/02_data.ipynb #ba818587
 def _folder_rows(folder, split, streaming, caption_column):
-    "Rows of a folder of pictures, already those of the split, and the pictures without a caption."
+    "Rows of a folder of pictures, already those of the split, and (once, with train) the pictures without a caption."
     pairs, skipped = read_folder(folder, caption_column)
+    skipped += [f"{Path(p).name}: empty caption" for p, text in pairs if not text]
+    pairs = [(p, text) for p, text in pairs if text]
     paths = [os.path.relpath(p, folder) for p, _ in pairs]
     mine, own = of_split([p.split(os.sep)[0] if os.sep in p else "" for p in paths], split)
     if not own: mine = [mine[i] for i in hold_out([paths[i] for i in mine], split)]
     datasets = _datasets()
     rows = datasets.Dataset.from_dict({"image": [pairs[i][0] for i in mine], "caption": [pairs[i][1] for i in mine]})
     rows = rows.cast_column("image", datasets.Image(decode=False))
-    return (rows.to_iterable_dataset() if streaming else rows), skipped
+    return (rows.to_iterable_dataset() if streaming else rows), skipped if split == "train" else []
 
 def _shard_rows(source, files, split, streaming):
     "Rows of parquet or tar shards, and whether they are the split's own."
@@ -489,10 +491,10 @@ def _groups(self:Batches, size):
     for row in self.data.rows(self.seed):
         if self.distinct and row["caption"] in seen:
             twins += 1
-            if twins > 1000 * size: raise UnclipError(f"only {len(seen)} different captions for a batch of {size}: use a smaller batch size")
+            if twins > 100 * size: raise UnclipError(f"only {len(seen)} different captions for a batch of {size}: use a smaller batch size")
             continue
-        group.append(row); seen.add(row["caption"])
-        if len(group) == size: yield group; group, seen, twins = [], set(), 0
+        group.append(row); seen.add(row["caption"]); twins = 0
+        if len(group) == size: yield group; group, seen = [], set()
 
 # %% ../nbs/02_data.ipynb #05651fa1
 class EmbeddedData(Captioned):

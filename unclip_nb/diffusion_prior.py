@@ -181,7 +181,7 @@ def sample(
 
 # %% ../nbs/09_diffusion_prior.ipynb #23521b41
 def linear_prior(
-    zt:Float[Tensor, "n d"],   # text embeddings of training captions
+    zt:Float[Tensor, "n e"],   # text embeddings of training captions, or other features of them
     zi:Float[Tensor, "n d"],   # their pictures' embeddings
     ridge:float=1e-3,          # penalty, relative to the mean square of a feature
 ):
@@ -195,7 +195,7 @@ def linear_prior(
 
 # %% ../nbs/09_diffusion_prior.ipynb #696fa516
 def nearest_prior(
-    zt:Float[Tensor, "n d"],   # text embeddings of training captions, unit norm
+    zt:Float[Tensor, "n e"],   # text embeddings of training captions, unit norm
     zi:Float[Tensor, "n d"],   # their pictures' embeddings
 ):
     "Answers with the picture of the training caption whose z_t is closest, as a function."

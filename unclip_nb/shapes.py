@@ -255,17 +255,15 @@ def outline(
 ) -> tuple[str, float, float, float, float]:
     "The shape that fits `alpha` best: its name, the overlap (intersection over union), and its centre x, y and extent in pixels."
     y, x = torch.meshgrid(*(torch.arange(n) + 0.5 for n in alpha.shape), indexing="ij")
-    total = alpha.sum(); mx, my = float((alpha * x).sum() / total), float((alpha * y).sum() / total)
-    fits = []
-    for shape in SHAPES:
-        area, low = moments(shape)
-        extent = float(total / area)**0.5; cy = my - low * extent
-        drawn = (0.5 - signed_distance(shape, (x - mx) * 2 / extent, (y - cy) * 2 / extent) * extent / 2).clamp(0, 1)
-        soft = torch.stack([F.avg_pool2d(drawn[None], k, 1, k // 2)[0] for k in (1, 3, 5)])
-        overlap = torch.minimum(soft, alpha).sum((1, 2)) / torch.maximum(soft, alpha).sum((1, 2))
-        fits.append((float(overlap.max()), shape, mx, cy, extent))
-    overlap, shape, cx, cy, extent = max(fits)
-    return shape, overlap, cx, cy, extent
+    total = alpha.sum(); mx, my = (float((alpha * c).sum() / total) for c in (x, y))
+    area, low = torch.tensor([moments(s) for s in SHAPES]).T
+    extent = (total / area).sqrt(); cy = my - low * extent                        # if it were this shape
+    drawn = torch.stack([signed_distance(s, (x - mx) * 2 / e, (y - c) * 2 / e) * e / 2 for s, e, c in zip(SHAPES, extent.tolist(), cy.tolist())])
+    soft = torch.stack([F.avg_pool2d((0.5 - drawn).clamp(0, 1), k, 1, k // 2) for k in (1, 3, 5)])
+    both = torch.minimum(soft, alpha).sum((2, 3))
+    overlap = (both / (soft.sum((2, 3)) + total - both)).amax(0)
+    k = int(overlap.argmax())
+    return SHAPES[k], float(overlap[k]), mx, float(cy[k]), float(extent[k])
 
 # %% ../nbs/01_shapes.ipynb #ca020f5d
 _SIDE, _IOU = 64, 0.78          # pictures are read at this size; below this overlap, an outline is no shape

@@ -1,0 +1,111 @@
+"The decoder: conditions, dropout, guidance, independence of the batch, and a loss that a closed form predicts."
+import pytest, torch
+from dataclasses import replace
+from unclip_nb.core import generator, randn, resize
+from unclip_nb.decoder import Decoder, DecoderConfig, EmbeddingStats, TextEncoder
+from unclip_nb.diffusion import q_sample
+
+CFG = DecoderConfig(image_size=16, channels=16, channel_mult=(1, 2), res_blocks=1, attention=(8,), head_channels=16, patch=1, text_width=32, text_layers=1,
+                    text_heads=2, context_length=8, vocab_size=32, clip_dim=12)
+
+@pytest.fixture
+def decoder():
+    torch.manual_seed(0)
+    m = Decoder(CFG).eval()
+    with torch.no_grad():
+        for p in m.parameters():
+            if p.abs().sum() == 0: p.normal_(0, 0.1)              # zero-initialised layers would hide mistakes
+    return m
+
+@pytest.fixture
+def batch():
+    g = generator(1)
+    z = torch.nn.functional.normalize(torch.randn(6, 12, generator=g), dim=1)
+    tokens = torch.randint(1, 31, (6, 8), generator=g); tokens[:, 5:] = 0
+    return dict(image=torch.rand(6, 3, 16, 16, generator=g) * 2 - 1, zi=z, tokens=tokens)
+
+def test_stats_whiten_to_the_identity_and_start_harmless():
+    z = torch.randn(4000, 12, generator=generator(0)) @ torch.randn(12, 12, generator=generator(1)) + 2
+    stats = EmbeddingStats(12)
+    assert torch.allclose(stats(z), z * 12 ** 0.5)
+    stats.fit(z, floor=0.)
+    assert torch.allclose(stats(z).T.cov(correction=0), torch.eye(12), atol=1e-3) and stats(z).mean(0).abs().max() < 1e-4
+
+def test_stats_hold_flat_directions_at_a_floor():
+    z = torch.randn(1000, 4, generator=generator(0)) * torch.tensor([1., 1., 1., 1e-6])
+    stats = EmbeddingStats(4); stats.fit(z, floor=0.01)
+    assert stats(z).T.cov()[3, 3] < 1e-6
+
+def test_padding_tokens_are_never_looked_up():
+    enc = TextEncoder(32, 8, 16, 1, 2)
+    tokens = torch.tensor([[1, 4, 9, 31, 0, 0, 0, 0]])
+    before = enc(tokens)
+    with torch.no_grad(): enc.tokens.weight[0] += 100             # the padding id's row of the table
+    assert torch.equal(before, enc(tokens))
+
+def test_four_tokens_are_four_slices(decoder, batch):
+    _, context = decoder.condition(batch["zi"], batch["tokens"])
+    w = CFG.text_width
+    with torch.no_grad(): decoder.zi_to_tokens.weight[2 * w:3 * w] += 1
+    _, moved = decoder.condition(batch["zi"], batch["tokens"])
+    changed = [(moved[:, 8 + k] - context[:, 8 + k]).abs().max() > 1e-3 for k in range(4)]
+    assert changed == [False, False, True, False] and torch.equal(moved[:, :8], context[:, :8])
+
+def test_zi_reaches_the_picture_by_both_ways(decoder, batch):
+    x, t = randn((6, 3, 16, 16), generator(0)), torch.full((6,), 300)
+    base = decoder.denoiser(batch["zi"], batch["tokens"])(x, t).x0
+    for part in (decoder.zi_to_time, decoder.zi_to_tokens):
+        saved = {k: v.clone() for k, v in part.state_dict().items()}
+        with torch.no_grad():
+            for p in part.parameters(): p.zero_()
+        assert (decoder.denoiser(batch["zi"], batch["tokens"])(x, t).x0 - base).abs().max() > 1e-4
+        part.load_state_dict(saved)
+
+def test_hidden_zi_and_caption_cannot_be_heard(decoder, batch):
+    decoder.config = replace(CFG, drop_zi=1.0, drop_text=1.0)
+    other = batch | dict(zi=-batch["zi"], tokens=batch["tokens"].flip(0))
+    assert decoder.loss(batch, generator(3)).item() == decoder.loss(other, generator(3)).item()
+    decoder.config = replace(CFG, drop_zi=0.0, drop_text=0.0)
+    assert decoder.loss(batch, generator(3)).item() != decoder.loss(other, generator(3)).item()
+
+def test_shares_of_hidden_conditions(batch, monkeypatch):
+    m, seen = Decoder(replace(CFG, channels=16)), []
+    rows = {k: v[:1].expand(2000, *v.shape[1:]) for k, v in batch.items()}
+    monkeypatch.setattr(m, "condition", lambda zi, tokens, keep: (seen.append((keep, tokens.sum(1) > 0)), (None, None))[1])
+    monkeypatch.setattr(m, "network", lambda x, t, *_: x)
+    m.loss(rows, generator(0))
+    keep_zi, keep_text = seen[0]
+    assert abs((~keep_zi).float().mean() - 0.1) < 0.03 and abs((~keep_text).float().mean() - 0.5) < 0.05
+    both = (~keep_zi & ~keep_text).float().mean()
+    assert abs(both - 0.05) < 0.02                                 # hidden independently of each other
+
+def test_guidance_is_linear_and_one_is_unguided(decoder, batch):
+    x, t = randn((6, 3, 16, 16), generator(0)), torch.full((6,), 300)
+    def at(s, **kw): return decoder.denoiser(batch["zi"], batch["tokens"], s)(x, t).eps
+    null = decoder.denoiser(batch["zi"], batch["tokens"], 0.0)(x, t).eps
+    assert torch.allclose(at(1.0), at(1.0 + 1e-7), atol=1e-5)
+    assert torch.allclose(at(3.0), null + 3 * (at(1.0) - null), atol=1e-4)
+    hidden = decoder.condition(batch["zi"], batch["tokens"] * 0, torch.zeros(6, dtype=torch.bool))
+    from unclip_nb.diffusion import predict
+    by_hand = predict(decoder.schedule, CFG.target, decoder.network(x, t, *hidden), x, t).eps
+    assert torch.allclose(null, by_hand, atol=1e-5)                # the other branch hides both, and sees the same x_t
+
+def test_a_sample_does_not_depend_on_its_batch(decoder, batch):
+    z, tok = batch["zi"], batch["tokens"]
+    gens = lambda rows: [generator(7, i) for i in rows]
+    all_ = decoder.sample(z, tok, steps=4, generator=gens(range(6)))
+    alone = decoder.sample(z[3:4], tok[3:4], steps=4, generator=gens([3]))
+    assert torch.allclose(all_[3:4], alone, atol=1e-4)
+
+@pytest.mark.parametrize("target", ["eps", "x0", "v"])
+def test_first_loss_is_the_targets_mean_square(batch, target):
+    m = Decoder(replace(CFG, target=target))
+    g = generator(5); t = torch.randint(0, 1000, (6,), generator=g); noise = randn(batch["image"].shape, g)
+    from unclip_nb.diffusion import target as asked
+    expected = asked(m.schedule, target, batch["image"], noise, t).square().mean()
+    assert torch.allclose(m.loss(batch, generator(5)), expected, atol=1e-5)
+
+def test_larger_pictures_are_made_small_first(batch):
+    m = Decoder(CFG)
+    big = torch.nn.functional.interpolate(batch["image"], 64, mode="nearest")
+    assert torch.allclose(m.loss(batch, generator(0)), m.loss(batch | dict(image=big), generator(0)), atol=1e-5)

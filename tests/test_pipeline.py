@@ -1,0 +1,72 @@
+"UnCLIP: the promises of the design page, on a system trained for a few steps."
+import json, shutil, pytest, torch
+from unclip_nb.core import UnclipError, generator
+from unclip_nb.pipeline import UnCLIP
+from unclip_nb.shapes import EIGHT_CAPTIONS, render, scene_at
+
+@pytest.fixture(scope="module")
+def model(system): return UnCLIP.from_pretrained(str(system), device="cpu")
+
+CAPTIONS = ["a red star above a blue ring", "a yellow circle", "a white heart"]
+
+def test_generate_shapes_and_order(model):
+    x = model.generate(CAPTIONS[:2], n=2, steps=3, seed=0)
+    assert x.shape == (4, 3, 64, 64) and x.min() >= -1 and x.max() <= 1 and x.isfinite().all()
+    assert model.generate(CAPTIONS[0], steps=3, upsample=False).shape == (1, 3, 16, 16)
+
+def test_same_seed_same_pictures_whatever_the_batch(model):
+    together = model.generate(CAPTIONS, n=2, steps=3, seed=5)
+    alone = model.generate(CAPTIONS[2:], n=2, steps=3, seed=5)
+    assert torch.allclose(together[4:], alone, atol=1e-3)
+    small = model.generate(CAPTIONS, n=2, steps=3, seed=5, batch_size=1)
+    assert torch.allclose(together, small, atol=1e-3)
+    assert not torch.allclose(together, model.generate(CAPTIONS, n=2, steps=3, seed=6), atol=1e-2)
+    assert not torch.allclose(together[0], together[1], atol=1e-2)
+
+def test_embeddings_are_unit_norm_at_any_size(model):
+    for size in (16, 50, 128): assert torch.allclose(model.encode_image(render(scene_at(0), size)).norm(dim=1), torch.ones(1), atol=1e-5)
+    assert torch.allclose(model.encode_text(CAPTIONS).norm(dim=1), torch.ones(3), atol=1e-5)
+
+def test_decode_is_deterministic_given_x_T(model):
+    zi = model.encode_image(render([scene_at(0), scene_at(1)], 32))
+    x_T = torch.randn(2, 3, 16, 16, generator=generator(0))
+    a, b = (model.decode(zi, x_T=x_T, steps=3, upsample=False, seed=s) for s in (0, 1))
+    assert torch.equal(a, b)
+    assert not torch.allclose(a, model.decode(zi, x_T=x_T, steps=3, upsample=False, eta=1.0), atol=1e-2)
+
+def test_save_and_load_return_the_same_model(model, tmp_path):
+    model.save_pretrained(tmp_path/"full")
+    again = UnCLIP.from_pretrained(str(tmp_path/"full"), device="cpu")
+    assert torch.equal(model.generate(CAPTIONS, steps=3), again.generate(CAPTIONS, steps=3))
+    model.save_pretrained(tmp_path/"half", dtype=torch.float16)
+    half = UnCLIP.from_pretrained(str(tmp_path/"half"), device="cpu")
+    size = lambda d: sum(f.stat().st_size for f in d.rglob("*.safetensors"))
+    assert size(tmp_path/"half") < 0.6 * size(tmp_path/"full")
+    assert (half.generate(CAPTIONS, steps=3) - model.generate(CAPTIONS, steps=3)).abs().mean() < 0.02
+    assert not list(tmp_path.rglob("*.part")) and set(json.loads((tmp_path/"half"/"unclip.json").read_text())["stages"]) == {"clip", "prior", "decoder", "upsampler1"}
+
+def test_another_clip_is_refused(system, tmp_path):
+    shutil.copytree(system, tmp_path/"mixed")
+    config = tmp_path/"mixed"/"decoder"/"config.json"
+    values = json.loads(config.read_text())
+    found = json.dumps(values).replace(json.loads((system/"unclip.json").read_text())["clip"] if (system/"unclip.json").exists() else UnCLIP.from_pretrained(str(system), device="cpu").clip.fingerprint, "0123456789ab")
+    config.write_text(found)
+    with pytest.raises(UnclipError, match="decoder was trained with CLIP 0123456789ab"): UnCLIP.from_pretrained(str(tmp_path/"mixed"))
+
+@pytest.mark.parametrize("captions, message", [([], "no caption"), ([" "], "caption 1 is empty"), (["a red star", ""], "caption 2 is empty")])
+def test_bad_captions(model, captions, message):
+    with pytest.raises(UnclipError, match=message): model.generate(captions)
+
+def test_bad_settings(model):
+    with pytest.raises(UnclipError, match="unknown prior 'gan'"): model.generate(CAPTIONS, prior="gan")
+    with pytest.raises(UnclipError, match="at least 1"): model.generate(CAPTIONS, n=0)
+    with pytest.raises(UnclipError): model.generate(CAPTIONS, steps=100_000)
+
+def test_missing_and_broken_weights(system, tmp_path):
+    with pytest.raises(UnclipError, match="no weights called 'huge'"): UnCLIP.from_pretrained("huge")
+    (tmp_path/"empty").mkdir()
+    with pytest.raises(UnclipError, match="lacks clip, prior, decoder"): UnCLIP.from_pretrained(str(tmp_path/"empty"))
+    shutil.copytree(system, tmp_path/"cut")
+    file = tmp_path/"cut"/"prior"/"model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UnclipError): UnCLIP.from_pretrained(str(tmp_path/"cut"))
