@@ -427,7 +427,8 @@ def load_captioned(
         rows = _standard(rows, image_column, caption_column)
         if not own and streaming: rows = rows.filter(lambda _, i: (i % 20 == 0) == (split == "valid"), with_indices=True)
         elif not own: rows = rows.select(hold_out([str(i) for i in range(len(rows))], split))
-    return StreamData(rows, size, path.name) if streaming else PictureData(rows, size, path.name, skipped)
+    name = path.name if split == "train" else f"{path.name} ({split})"
+    return StreamData(rows, size, name) if streaming else PictureData(rows, size, name, skipped)
 
 # %% ../nbs/02_data.ipynb #6ee3c5e9
 class Batches:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAGES', 'INDEX', 'UnCLIP', 'find_system', 'check_captions', 'row_generators']
 
-# %% ../nbs/15_pipeline.ipynb #61ae730f
+# %% ../nbs/15_pipeline.ipynb #be33a32b
 import json, os
 from pathlib import Path
 from typing import Sequence
@@ -19,11 +19,11 @@ from .decoder import Decoder
 from .diffusion_prior import DiffusionPrior
 from .upsampler import Upsampler
 
-# %% ../nbs/15_pipeline.ipynb #21243341
+# %% ../nbs/15_pipeline.ipynb #eb083671
 STAGES = {"clip": CLIP, "prior": DiffusionPrior, "decoder": Decoder, "upsampler1": Upsampler}
 INDEX = "unclip.json"
 
-# %% ../nbs/15_pipeline.ipynb #cabc4c11
+# %% ../nbs/15_pipeline.ipynb #32702460
 class UnCLIP(nn.Module):
     "The whole of unCLIP: `clip`, `prior`, `decoder` and `upsampler1`, in evaluation mode, one folder each."
     def __init__(
@@ -47,7 +47,7 @@ class UnCLIP(nn.Module):
     @property
     def stages(self) -> dict[str, nn.Module]: return {k: getattr(self, k) for k in STAGES if getattr(self, k) is not None}
 
-# %% ../nbs/15_pipeline.ipynb #8ee610f8
+# %% ../nbs/15_pipeline.ipynb #a8b3e2bc
 def find_system(name:str) -> Path:
     "The folder of a system: a shipped name ('tiny'), a folder, or a hub id (downloaded)."
     if Path(name).is_dir(): return Path(name)
@@ -58,7 +58,7 @@ def find_system(name:str) -> Path:
     try: return Path(snapshot_download(name))
     except Exception as e: raise UnclipError(f"no folder {name!r}, and the hub has no such weights ({type(e).__name__})") from None
 
-# %% ../nbs/15_pipeline.ipynb #1dcef10f
+# %% ../nbs/15_pipeline.ipynb #78ebefa8
 @patch(cls_method=True)
 def from_pretrained(cls:UnCLIP, name:str="tiny", device:str="auto") -> UnCLIP:
     "Load a system: 'tiny' (shipped), a folder that `unclip train` or `save_pretrained` wrote, or a hub id."
@@ -77,7 +77,7 @@ def save_pretrained(self:UnCLIP, folder:str, dtype:torch.dtype|None=None):
     part.write_text(json.dumps({"format": 1, "stages": list(self.stages), "clip": self.clip.fingerprint}, indent=1))
     os.replace(part, folder/INDEX)
 
-# %% ../nbs/15_pipeline.ipynb #e00312a8
+# %% ../nbs/15_pipeline.ipynb #2f73c5e6
 def check_captions(captions:str|Sequence[str]) -> list[str]:
     "A list of captions with something in each."
     captions = [captions] if isinstance(captions, str) else list(captions)
@@ -86,7 +86,7 @@ def check_captions(captions:str|Sequence[str]) -> list[str]:
         if not isinstance(c, str) or not c.strip(): raise UnclipError(f"caption {i + 1} is empty: say what to draw")
     return captions
 
-# %% ../nbs/15_pipeline.ipynb #2062eabf
+# %% ../nbs/15_pipeline.ipynb #976ec641
 @patch
 @torch.no_grad()
 def encode_image(self:UnCLIP, images:Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
@@ -99,12 +99,12 @@ def encode_text(self:UnCLIP, captions:str|Sequence[str]) -> Float[Tensor, "b d"]
     "z_t of captions: unit norm."
     return self.clip.encode_text(check_captions(captions))
 
-# %% ../nbs/15_pipeline.ipynb #ec7f0a0d
+# %% ../nbs/15_pipeline.ipynb #d4ac4fb9
 def row_generators(seed:int, n:int, stage:str) -> list[torch.Generator]:
     "One generator for each of n rows of a stage: a function of (seed, row) only."
     return [generator(seed, stage, i) for i in range(n)]
 
-# %% ../nbs/15_pipeline.ipynb #b60e7c95
+# %% ../nbs/15_pipeline.ipynb #b2fdb593
 @patch
 @torch.no_grad()
 def decode(
@@ -127,7 +127,7 @@ def decode(
     if upsample and self.upsampler1 is not None: x = self.upsampler1.sample(x, generator=gens["upsampler1"])
     return x
 
-# %% ../nbs/15_pipeline.ipynb #143e4575
+# %% ../nbs/15_pipeline.ipynb #9c661d32
 @patch
 @torch.no_grad()
 def generate(
@@ -138,7 +138,7 @@ def generate(
     guidance:float=2.0,          # of the decoder; 1 is unguided
     prior_guidance:float=1.0,
     steps:int=50,                # of the decoder
-    seed:int=0,                  # picture j of a caption depends on (seed, caption's text or position: no; j: yes)
+    seed:int=0,                  # picture j of every caption starts from noise that depends on (seed, j) only
     upsample:bool=True,
     batch_size:int=32,
     progress:bool=False,

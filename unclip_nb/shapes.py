@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations
+from typing import Sequence
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -143,7 +144,7 @@ def signed_distance(
     raise UnclipError(f"unknown shape {shape!r}: use one of {', '.join(SHAPES)}")
 
 # %% ../nbs/01_shapes.ipynb #bef2f559
-def coverage(objects:list[Obj], size:int) -> Float[Tensor, "n size size"]:
+def coverage(objects:Sequence[Obj], size:int) -> Float[Tensor, "n size size"]:
     "How much of each pixel each object covers, in [0, 1]: its signed distance in pixels, cut to one pixel's ramp."
     at = (torch.arange(size) + 0.5) / size
     out = torch.empty(len(objects), size, size)
@@ -156,8 +157,8 @@ def coverage(objects:list[Obj], size:int) -> Float[Tensor, "n size size"]:
 
 # %% ../nbs/01_shapes.ipynb #a640bb66
 def render(
-    scenes:Scene|list[Scene], # one or many
-    size:int=64,              # pixels a side; the same scene at any resolution
+    scenes:Scene|Sequence[Scene], # one or many
+    size:int=64,                  # pixels a side; the same scene at any resolution
 ) -> Float[Tensor, "b 3 size size"]:
     "Pictures of the scenes in [-1, 1], anti-aliased."
     scenes = [scenes] if isinstance(scenes, Scene) else list(scenes)
@@ -225,13 +226,14 @@ EIGHT_SCENES = (
 EIGHT_CAPTIONS = tuple(caption(s, full=True) for s in EIGHT_SCENES)
 
 # %% ../nbs/01_shapes.ipynb #434c73d3
-def components(mask:Tensor) -> list[Tensor]:
-    "The connected pieces of a boolean mask (h, w), each a mask: every pixel takes the largest number in reach until nothing changes."
+def components(
+    mask:Tensor,  # (h, w), boolean
+    least:int=1,  # pixels; smaller pieces are left out
+) -> list[Tensor]:
+    "The connected pieces of a mask, each a mask: every pixel takes the largest number in reach until nothing changes."
     ids = torch.arange(1., mask.numel() + 1).reshape(1, *mask.shape) * mask
-    while True:
-        grown = F.max_pool2d(ids, 3, 1, 1) * mask
-        if torch.equal(grown, ids): return [ids[0] == i for i in ids.unique() if i]
-        ids = grown
+    while not torch.equal(ids, grown := F.max_pool2d(ids, 3, 1, 1) * mask): ids = grown
+    return [ids[0] == i for i, n in zip(*ids.unique(return_counts=True)) if i and n >= least]
 
 # %% ../nbs/01_shapes.ipynb #cbe3dc17
 def unmix(pixels:Float[Tensor, "3 h w"], back:Float[Tensor, "3"]) -> tuple[Float[Tensor, "8 h w"], Float[Tensor, "8 h w"]]:
@@ -300,7 +302,7 @@ def read_scene(
     best = far.argmin(0, keepdim=True)
     if (far.gather(0, best) > 50).float().mean() > 0.1: return None
     mask = alpha.gather(0, best)[0] > 0.5
-    pieces = [p for p in components(mask) if p.sum() >= 12]
+    pieces = components(mask, least=12)
     if len(pieces) > 4: return None
     objects = [_read_object(p, mask & ~p, alpha, far) for p in pieces]
     if strict: objects = [o for o in objects if o.shape and o.color]

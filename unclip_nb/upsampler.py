@@ -92,7 +92,7 @@ class UpsamplerConfig:
     @classmethod
     def tiny(cls):
         "32 -> 128 px: ten minutes on a CPU."
-        return cls(low_size=32, channels=48, channel_mult=(1, 2), res_blocks=2, patch=4, crop=0.25, crops=4)
+        return cls(low_size=32, channels=48, channel_mult=(1, 1), res_blocks=2, patch=4, crop=0.25, crops=4)
 
     @classmethod
     def small(cls):
