@@ -174,6 +174,13 @@ def test_a_sample_does_not_depend_on_its_batch(prior, sampler):
     alone = prior.sample(text[1:2], zt[1:2], steps=6, guidance=2., generator=own(3)[1:2], sampler=sampler)
     torch.testing.assert_close(together[1:2], alone, atol=1e-5, rtol=1e-5)
 
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_embeddings_are_not_clipped(sampler):
+    p, want = DiffusionPrior(PriorConfig(**SMALL)).eval(), torch.linspace(-4, 4, 16)
+    torch.nn.init.zeros_(p.net.out.weight); p.net.out.bias.data.copy_(want)          # always answers the same, far outside [-1, 1]
+    z = p.sample(*captions(), steps=5, generator=own(3), sampler=sampler)
+    torch.testing.assert_close(z, F.normalize(want, dim=0).expand(3, -1), atol=1e-4, rtol=1e-4)
+
 def test_save_and_load(prior, tmp_path):
     prior.save_pretrained(tmp_path)
     again = DiffusionPrior.from_pretrained(tmp_path)

@@ -96,6 +96,10 @@ def test_stored_as_one_fresh_run(path):
     assert not [o['ename'] for c in code for o in c['outputs'] if o['output_type'] == 'error']
 
 @notebooks
+def test_says_its_kernel_and_no_more(path):
+    assert list(json.loads(path.read_text('utf8'))['metadata']) == ['kernelspec'], 'tools/nbrun.py --tidy'
+
+@notebooks
 def test_small(path): assert path.stat().st_size <= 400_000
 
 @notebooks

@@ -50,7 +50,7 @@ GOLDEN = "a small white circle on a black background"
 
 def test_scenes_are_whole_apart_and_plain():
     relations = Counter()
-    for i in range(4000):
+    for i in range(3000):
         s = sample_scene(i)
         for o in s.objects:
             h = EXTENT[o.size] / 2
@@ -74,7 +74,7 @@ def test_sample_scene_takes_a_seed_a_generator_and_a_number():
 
 def test_captions_are_parsed_back_whatever_the_wording():
     wordings, left_out = set(), Counter()
-    for i in range(3000):
+    for i in range(2000):
         s = scene_at(i, ("train", "unseen")[i % 2]); text = caption(s, generator(i)); r = parse_caption(text)
         objects = s.objects if r.relation == s.relation else s.objects[::-1]
         assert [(o.shape, o.color) for o in r.objects] == [(o.shape, o.color) for o in objects]
@@ -85,7 +85,7 @@ def test_captions_are_parsed_back_whatever_the_wording():
         full = parse_caption(caption(s, generator(i), full=True))
         assert full.background == s.background and all(o.size for o in full.objects)
     assert len(wordings) >= 6
-    assert all(abs(n / 3000 - 0.3) < 0.03 for n in left_out.values())
+    assert all(abs(n / 2000 - 0.3) < 0.04 for n in left_out.values())
 
 def test_captions_read_as_english():
     assert caption(Scene((Obj("heart", "orange", "small", 0.5, 0.5),), "navy")) == "a small orange heart on a navy background"
@@ -169,19 +169,19 @@ def test_reads_fresh_true_renders():
 
 @pytest.mark.parametrize("size, least", [(32, 0.98), (48, 0.98), (100, 0.99), (128, 0.99), (512, 0.99)])
 def test_reads_other_sizes(size, least):
-    scenes = [scene_at(i, "unseen") for i in range(100)]
+    scenes = [scene_at(i, "unseen") for i in range(50)]
     assert accuracy(scenes, render(scenes, size)) >= least
 
 def test_reads_soft_and_noisy_pictures():
-    scenes = [scene_at(i, "valid") for i in range(200)]
+    scenes = [scene_at(i, "valid") for i in range(100)]
     soft = F.interpolate(render(scenes, 32), scale_factor=4, mode="bicubic")
-    noisy = render(scenes, 64) + 0.1 * torch.randn(200, 3, 64, 64, generator=generator("noisy"))
+    noisy = render(scenes, 64) + 0.1 * torch.randn(100, 3, 64, 64, generator=generator("noisy"))
     a, b = accuracy(scenes, soft), accuracy(scenes, noisy)
     print(f"32 px enlarged to 128 px: {a:.3f}; noise 0.1: {b:.3f}")
     assert a >= 0.98 and b >= 0.97
 
-def test_every_combination_of_color_background_and_shape():
-    scenes = [Scene((Obj(s, c, SIZES[(i + j) % 2], 0.4, 0.55),), b) for i, c in enumerate(COLORS) for b in BACKGROUNDS for j, s in enumerate(SHAPES)]
+def test_all_pairs_of_color_background_and_shape():
+    scenes = [Scene((Obj(s, c, SIZES[(i + j) % 2], 0.4, 0.55),), b) for i, c in enumerate(COLORS) for k, b in enumerate(BACKGROUNDS) for j, s in enumerate(SHAPES) if (i + j + k) % 2]
     assert accuracy(scenes, render(scenes, 64)) == 1
 
 def test_places_come_back():
@@ -218,11 +218,10 @@ def halves(scene, image):
         out = image.clone(); out[:, rows, cols] = back; yield out
 
 def test_half_drawn_shapes_are_not_read_as_whole():
-    scenes = [sample_scene(i, n_objects=1) for i in range(120)]
-    full = [read_scene(h) == s or right(s, read_scene(h)) for s, x in zip(scenes, render(scenes, 64)) for h in halves(s, x)]
-    assert not any(full)                                                       # never the full scene
-    read = [read_scene(h) for s, x in zip(scenes, render(scenes, 64)) for h in halves(s, x)]
-    assert sum(r is not None for r in read) / len(read) < 0.04                 # the rest: half a triangle is a triangle
+    scenes = [sample_scene(i, n_objects=1) for i in range(80)]
+    read = [(s, read_scene(h)) for s, x in zip(scenes, render(scenes, 64)) for h in halves(s, x)]
+    assert not any(right(s, got) for s, got in read)                           # never the full scene
+    assert sum(got is not None for _, got in read) / len(read) < 0.04          # the rest: half a triangle is a triangle
 
 def test_one_whole_and_one_half_read_as_less():
     for i in range(20):

@@ -169,11 +169,11 @@ def child(out, target=None, saving=False):
             fsync(fd); calls.append(fd)
             if len(calls) > target: os.write(w, b"x"); time.sleep(600)
         os.fsync = slow
-    try: run(out, batches=Telling(), resume=True, steps=150, keep=2); os._exit(0)
+    try: run(out, batches=Telling(), resume=True, steps=60, keep=2); os._exit(0)
     except BaseException as e: print(repr(e), file=sys.stderr); os._exit(1)
 
 pid, _ = child(work / "whole"); assert os.waitpid(pid, 0)[1] == 0
-targets = sorted(rng.sample(range(5, 120), 5)); mid_save = rng.randrange(5)
+targets = sorted(rng.sample(range(5, 45), 5)); mid_save = rng.randrange(4)
 for i, target in enumerate(targets):
     pid, r = child(work / "killed", rng.randrange(6, 10) if i == mid_save else target, saving=i == mid_save)
     assert select.select([r], [], [], 300)[0], "it never got there"
@@ -193,7 +193,7 @@ def test_killed_five_times_ends_bit_for_bit_the_same(tmp_path):
     assert names(a) == names(b) and not junk(b)
     for f in sorted(a.rglob("*.safetensors")): assert f.read_bytes() == (b / f.relative_to(a)).read_bytes(), f
     curve = lambda out: [(r["step"], r["loss"], r["lr"], r["grad_norm"]) for r in read_log(out)]
-    assert curve(a) == curve(b) and len(curve(a)) == 22
+    assert curve(a) == curve(b) and len(curve(a)) == 9
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_polite_stop_saves_and_says_how_to_go_on(tmp_path, number, capfd):

@@ -1,4 +1,4 @@
-"Re-run notebooks in a fresh kernel and store their outputs, leaving only what a reader needs: tools/nbrun.py [NOTEBOOK ...]"
+"Re-run notebooks in a fresh kernel and store their outputs, leaving only what a reader needs: tools/nbrun.py [--tidy] [NOTEBOOK ...]"
 import re, sys, time
 from pathlib import Path
 import calm                                             # before anything loads torch
@@ -22,7 +22,6 @@ def refresh(fn, timeout=600):
     t0, nb = time.time(), nbformat.read(fn, as_version=4)
     Client(nb, timeout=timeout, kernel_name='python3', record_timing=False, coalesce_streams=True,
            resources={'metadata': {'path': str(Path(fn).parent)}}).execute()
-    nb.metadata.pop('widgets', None)
     nbformat.write(nb, fn)
     tidy(fn)
     print(f'{fn}: {time.time()-t0:.1f} s, {Path(fn).stat().st_size/1024:.0f} KB', flush=True)
@@ -33,6 +32,8 @@ def tidy(fn):
     ran = [c.cell_type == 'code' and (bool(c.outputs) or c.execution_count is not None) for c in nb.cells]
     clean_nb(nb, allowed_metadata_keys=cfg.allowed_metadata_keys.split(),
              allowed_cell_metadata_keys=cfg.allowed_cell_metadata_keys.split(), clean_ids=cfg.clean_ids)
+    for k in ('widgets', 'jupytext'): nb.metadata.pop(k, None)
+    nb.metadata['kernelspec'] = dict(display_name='python3', language='python', name='python3')         # or JupyterLab asks for one
     for n, c in enumerate((c for c, r in zip(nb.cells, ran) if r), 1):
         c.execution_count = n
         for o in c.outputs:
@@ -43,8 +44,10 @@ def tidy(fn):
     write_nb(nb, fn)
 
 if __name__ == '__main__':
+    files = [a for a in sys.argv[1:] if a != '--tidy'] or sorted(str(p) for p in Path('nbs').glob('**/*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+    if '--tidy' in sys.argv: sys.exit(any(map(tidy, files)))                # no run, only the cleaning that follows one
     failed = []
-    for fn in sys.argv[1:] or sorted(str(p) for p in Path('nbs').glob('**/*.ipynb') if '.ipynb_checkpoints' not in p.parts):
+    for fn in files:
         try: refresh(fn)
         except CellExecutionError as e: failed.append(fn); print(f'{fn}: FAILED, left as it was\n{e}', file=sys.stderr)
     sys.exit(f'{len(failed)} failed: {" ".join(failed)}' if failed else 0)

@@ -28,11 +28,11 @@ def train_config(stage:str, preset:str) -> TrainConfig:
     fast = dict(channels_last=True, schedule="onecycle", ema_decay=0.995)
     table = {
         "nano": dict(clip      =TrainConfig(steps=200, batch_size=256, lr=1e-3),
-                     prior     =TrainConfig(steps=600, batch_size=256, lr=1e-3),
+                     prior     =TrainConfig(steps=600, batch_size=128, lr=1e-3),
                      decoder   =TrainConfig(steps=800, batch_size=64, lr=2e-3, **fast),
                      upsampler1=TrainConfig(steps=300, batch_size=32, lr=2e-3, **fast)),
         "tiny": dict(clip      =TrainConfig(steps=600, batch_size=256, lr=1e-3),
-                     prior     =TrainConfig(steps=3000, batch_size=256, lr=1e-3),
+                     prior     =TrainConfig(steps=1500, batch_size=128, lr=1e-3),
                      decoder   =TrainConfig(steps=3000, batch_size=32, lr=1.5e-3, **fast),
                      upsampler1=TrainConfig(steps=1000, batch_size=32, lr=2e-3, **fast)),
     }
@@ -96,9 +96,9 @@ def stage_preview(stage:str, clip, data):
     "What a stage draws of the eight fixed captions every so often: a function of the model."
     from unclip_nb.core import resize
     from unclip_nb.shapes import EIGHT_SCENES, render
+    if stage == "prior": return None                     # its embeddings are no pictures
     captions = preview_captions(data)
     real = render(list(EIGHT_SCENES), data.size) if type(data).__name__ == "ShapesData" else data.batch(list(range(8)))["image"]
-    if stage == "prior": return None
     def preview(model):
         device = next(model.parameters()).device
         gens = [generator(0, stage, i) for i in range(8)]

@@ -1,0 +1,53 @@
+"""Every benchmark in one table: `make bench`, or `python benchmarks/run.py [seconds each]`. Medians; run it on an idle machine."""
+import platform, statistics, sys, time
+from pathlib import Path
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+def median_time(fn, budget:float=6.0, least:int=3) -> float:
+    "Median seconds of a call, after one to warm up, within about `budget` seconds."
+    fn(); times, began = [], time.perf_counter()
+    while len(times) < least or time.perf_counter() - began < budget:
+        t = time.perf_counter(); fn(); times.append(time.perf_counter() - t)
+    return statistics.median(times)
+
+def training() -> list[tuple[str, float, str]]:
+    "Steps a second of every stage at its preset's batch size, data included."
+    from dataclasses import replace
+    from unclip_nb.cli import STAGES, fit_to_clip, model_config, stage_class, train_config
+    from unclip_nb.clip import CLIP
+    from unclip_nb.core import data_path, generator
+    from unclip_nb.data import Batches, load_captioned
+    from unclip_nb.train import make_optimizer
+    rows, clip = [], CLIP.from_pretrained(data_path("tiny")/"clip")
+    for stage in STAGES:
+        cfg, train = model_config(stage, "tiny"), train_config(stage, "tiny")
+        if stage in ("prior", "decoder"): cfg = fit_to_clip(cfg, clip)
+        model = stage_class(stage)[0](cfg, tokenizer=clip.tokenizer) if stage == "clip" else stage_class(stage)[0](cfg)
+        if train.channels_last: model = model.to(memory_format=torch.channels_last)
+        size = cfg.low_size * cfg.factor if stage == "upsampler1" else 32
+        data = Batches(load_captioned("shapes", size=size), train.batch_size, tokenizer=clip.tokenizer, distinct=stage == "clip",
+                       prepare=clip.embed_batch if stage in ("prior", "decoder") else None)
+        optimizer, count = make_optimizer(model, train), iter(range(10 ** 9))
+        def step():
+            i = next(count)
+            model.loss(data.at(i), generator(0, i)).backward()
+            optimizer.step(); optimizer.zero_grad()
+        rows.append((f"train {stage} (tiny, batch {train.batch_size})", 1 / median_time(step), "steps/s"))
+    return rows
+
+def drawing() -> list[tuple[str, float, str]]:
+    "Captions to 128 px pictures with the shipped weights and the defaults of `generate`."
+    from unclip_nb.pipeline import UnCLIP
+    from unclip_nb.shapes import EIGHT_CAPTIONS
+    model = UnCLIP.from_pretrained("tiny")
+    return [(f"caption to picture, {n} at a time", n / median_time(lambda: model.generate(list(EIGHT_CAPTIONS[:n]))), "pictures/s") for n in (1, 8)]
+
+def main():
+    import bench_prior, bench_shapes
+    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, device {'cuda' if torch.cuda.is_available() else 'cpu'}")
+    for rows in (bench_shapes.run, training, drawing, bench_prior.run):
+        for name, value, unit in rows(): print(f"{name:58}{value:12.2f} {unit}", flush=True)
+
+if __name__ == "__main__": main()
