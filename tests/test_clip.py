@@ -1,4 +1,4 @@
-"CLIP against open_clip, closed forms, sklearn, and itself on two processes."
+"CLIP against open_clip, closed forms, and itself on two processes."
 import json, math, os
 import multiprocessing as mp
 from dataclasses import replace
@@ -184,7 +184,7 @@ def test_training_lowers_the_loss(tokenizer):
     model, batch = CLIP(SMALL, tokenizer), Batches(DATA, 16, tokenizer, distinct=True).at(0)
     opt, first = torch.optim.Adam(model.parameters(), 3e-3), model.loss(batch).item()
     for _ in range(40): opt.zero_grad(); loss = model.loss(batch); loss.backward(); opt.step()
-    assert abs(first - math.log(16)) < 0.7 and loss.item() < 0.2
+    assert first > 0.9 * math.log(16) and loss.item() < 0.2 * first
 
 # measuring
 
@@ -195,12 +195,10 @@ def test_zero_shot_is_a_softmax_of_scaled_cosines(clip):
     assert torch.allclose(p, theirs, atol=1e-5) and torch.allclose(p.sum(1), torch.ones(5))
 
 @pytest.mark.parametrize("k", [1, 3, 10])
-def test_retrieval_equals_sklearn(k):
-    from sklearn.metrics import top_k_accuracy_score
-    zi, zt = unit(50, 8), F.normalize(unit(50, 8) + 0.5 * unit(50, 8, seed=1), dim=-1)
-    ours = retrieval_at_k(zi, zt, k)
-    theirs = [top_k_accuracy_score(range(50), s.numpy(), k=k, labels=range(50)) for s in (zi @ zt.T, zt @ zi.T)]
-    assert ours == pytest.approx(theirs, abs=1e-6) and 0 < ours[0] < 1
+def test_retrieval_equals_topk(k):
+    zi, zt = unit(50, 8), F.normalize(unit(50, 8) + 1.5 * unit(50, 8, seed=1), dim=-1)
+    hits = [(s.topk(k, 1).indices == torch.arange(50)[:, None]).any(1).float().mean().item() for s in (zi @ zt.T, zt @ zi.T)]
+    assert retrieval_at_k(zi, zt, k) == pytest.approx(hits, abs=1e-6) and 0 < hits[0] < 1
 
 def test_similarity_sheet_shows_the_matrix(clip):
     b = DATA.batch(range(3))

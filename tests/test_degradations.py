@@ -90,3 +90,10 @@ def test_mistakes_are_named(wrong, says):
 
 def test_a_wrong_number_of_sigmas_is_named():
     with pytest.raises(Exception, match="sigma"): gaussian_blur(pictures(4), torch.ones(3))    # ours, or the type checker's
+
+
+def test_which_and_how_much_are_drawn_apart():
+    dot = torch.zeros(500, 1, 5, 5, dtype=torch.float64); dot[:, :, 2, 2] = 1
+    middle = blur_some(dot, 0.5, generator("apart"), (0.4, 0.8))[:, 0, 2, 2]
+    blurred, strongest = middle[middle < 1], gaussian_blur(dot[:1], 0.75)[0, 0, 2, 2]
+    assert 200 < len(blurred) < 300 and (blurred < strongest).sum() > 10      # strong blurs too, not only those with a small draw

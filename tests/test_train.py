@@ -186,7 +186,7 @@ pid, _ = child(work / "killed"); assert os.waitpid(pid, 0)[1] == 0
 '''
 
 def test_killed_five_times_ends_bit_for_bit_the_same(tmp_path):
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(tmp_path)], capture_output=True, text=True, timeout=900)
+    done = subprocess.run([sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(tmp_path)], capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("killed") == 5 and "in a save" in done.stdout
     a, b = tmp_path / "whole", tmp_path / "killed"
@@ -360,7 +360,7 @@ sys.exit(any([os.waitpid(p, 0)[1] for p in pids]))
 def test_two_processes_equal_one_with_the_whole_batch(tmp_path):
     import socket
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
-    done = subprocess.run([sys.executable, "-c", PAIR, str(Path(__file__).parent), str(tmp_path), str(port)], capture_output=True, text=True, timeout=900)
+    done = subprocess.run([sys.executable, "-c", PAIR, str(Path(__file__).parent), str(tmp_path), str(port)], capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
     class Both(Points): # what two ranks saw together: mean of two equal halves
         batch_size = 12

@@ -30,11 +30,11 @@ def train_config(stage:str, preset:str) -> TrainConfig:
         "nano": dict(clip      =TrainConfig(steps=200, batch_size=256, lr=1e-3),
                      prior     =TrainConfig(steps=600, batch_size=128, lr=1e-3),
                      decoder   =TrainConfig(steps=800, batch_size=64, lr=2e-3, **fast),
-                     upsampler1=TrainConfig(steps=300, batch_size=32, lr=2e-3, **fast)),
+                     upsampler1=TrainConfig(steps=600, batch_size=16, lr=2e-3, **fast)),
         "tiny": dict(clip      =TrainConfig(steps=600, batch_size=256, lr=1e-3),
                      prior     =TrainConfig(steps=1500, batch_size=128, lr=1e-3),
                      decoder   =TrainConfig(steps=3000, batch_size=32, lr=1.5e-3, **fast),
-                     upsampler1=TrainConfig(steps=1000, batch_size=32, lr=2e-3, **fast)),
+                     upsampler1=TrainConfig(steps=4000, batch_size=8, lr=2e-3, **fast)),
     }
     return table[preset][stage]
 
@@ -235,6 +235,7 @@ def train_command(argv:list[str]):
 # %% ../nbs/19_cli.ipynb #936f8d48
 @dataclass
 class Common:
+    "What every command that draws asks."
     weights:str = "tiny"      # shipped weights, a folder that `unclip train` wrote, or a hub id
     seed:int = 0              # fixes everything
     out:str = "out"           # folder for the pictures
@@ -265,6 +266,7 @@ def save_pictures(images, titles:list[str], folder:str, name:str="sheet", cols:i
     return sheet
 
 def generate_command(c:Generate):
+    "Draw, save, say where."
     from unclip_nb.pipeline import check_captions
     check_captions(c.captions)
     model = load(c)
@@ -285,6 +287,7 @@ class Embed:
     device:str = "auto"       # auto, cpu, cuda or mps
 
 def embed_command(c:Embed):
+    "Embed, say how to go on."
     from unclip_nb.clip import embed
     from unclip_nb.data import load_captioned
     clip = clip_of(c.clip, c.device)
@@ -308,6 +311,7 @@ def stage_facts(stage:str, preset:str) -> dict:
     return dict(stage=stage, parameters=n, weights_fp16=2 * n, training=5 * 4 * n)
 
 def info_command(c:Info):
+    "Print a row a stage."
     if c.preset not in PRESETS: raise UnclipError(f"unknown preset {c.preset!r}: use {', '.join(PRESETS)}")
     rows = [stage_facts(s, c.preset) for s in STAGES]
     print(f"{'stage':12}{'parameters':>12}{'half-precision file':>22}{'training state':>17}{'steps':>8}{'batch':>7}")
@@ -326,6 +330,7 @@ class Evaluate(Common):
     out:str = "out"           # folder for the table and a sheet of pictures a kind
 
 def evaluate_command(c:Evaluate):
+    "Judge, print and keep the table and a sheet a kind."
     from unclip_nb.evaluation import KINDS, evaluate, exam, retrieval, table, take_exam
     began, model = time.time(), load(c)
     text = table(evaluate(model, c.n, c.guidance, c.steps, c.seed))
@@ -349,6 +354,7 @@ DEMO_CAPTIONS = ("a purple heart on a gray background", "a cyan star", "a white 
                  "a small yellow ring to the left of a large green diamond", "a large orange cross on a navy background", "a green ring", "a red square")
 
 def demo_command(c:Demo):
+    "Draw the running captions and pairs never seen in training."
     from unclip_nb.shapes import EIGHT_CAPTIONS
     began, model = time.time(), load(c)
     for name, captions in (("gallery", EIGHT_CAPTIONS), ("new_pairs", DEMO_CAPTIONS)):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Sequence
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
+from fastcore.basics import patch, patch_to
 from jaxtyping import Float, Int
 from PIL import Image
 from safetensors.torch import save_file
@@ -210,18 +210,20 @@ def similarity_sheet(
     images:Float[Tensor, "n 3 h w"], # pictures in [-1, 1]
     captions:Sequence[str],          # one for each
 ) -> Image.Image:
-    "The cosines of pictures (rows) and captions (columns) as a labelled heat map."
+    "The cosines of pictures (rows) and captions (columns, numbered as at the right) as a heat map."
     from matplotlib.figure import Figure
     from matplotlib.offsetbox import AnnotationBbox, OffsetImage
     with torch.no_grad(): sims = (clip.encode_image(images) @ clip.encode_text(captions).T).float().cpu()
-    fig = Figure(figsize=(6.4, 4.6), dpi=90)
-    ax = fig.add_axes((0.09, 0.38, 0.62, 0.6))
-    for i, x in enumerate(images):
-        thumb = OffsetImage(to_pil(x).resize((28, 28)), zoom=1)
+    n = len(captions)
+    fig = Figure(figsize=(7.2, 0.42 * n + 0.6), dpi=80)
+    ax = fig.add_axes((0.07, 0.03, 0.4, 1 - 0.35 / (0.42 * n + 0.6) - 0.03))
+    ax.imshow(sims, vmin=-1, vmax=1, cmap="RdBu_r", aspect="auto")
+    for i, row in enumerate(sims.tolist()):
+        thumb = OffsetImage(to_pil(images[i]).resize((26, 26)), zoom=1)
         ax.add_artist(AnnotationBbox(thumb, (-0.5, i), (-18, 0), boxcoords="offset points", frameon=False, annotation_clip=False))
-    fig.colorbar(ax.imshow(sims, vmin=-1, vmax=1, cmap="RdBu_r", aspect="auto"), cax=fig.add_axes((0.74, 0.38, 0.02, 0.6)), label="cosine")
-    ax.set_xticks(range(len(captions)), [textwrap.fill(c, 32) for c in captions], rotation=35, ha="right", rotation_mode="anchor", fontsize=6.5)
-    ax.set_yticks([])
+        ax.text(n - 0.3, i, f"{i + 1}  " + textwrap.fill(captions[i], 52, subsequent_indent="    "), va="center", fontsize=8)
+        for j, v in enumerate(row): ax.text(j, i, f"{round(v, 1) + 0.0:.1f}", ha="center", va="center", fontsize=7, color="white" if abs(v) > 0.6 else "black")
+    ax.set_xticks(range(n), range(1, n + 1), fontsize=8); ax.xaxis.tick_top(); ax.set_yticks([])
     fig.savefig(buffer := io.BytesIO(), format="png")
     return Image.open(buffer).convert("RGB")
 
@@ -287,8 +289,8 @@ def embed(
     return out
 
 # %% ../nbs/05_clip.ipynb #181fe1b4
-@patch(cls_method=True)
-def from_open_clip(cls:CLIP,
+@patch_to(CLIP, cls_method=True)
+def from_open_clip(cls,
     name:str,                  # an architecture of open_clip, such as ViT-L-14
     pretrained:str|None=None,  # a tag of its weights (fetched), or a file of weights on this disk; the first tag by default
 ) -> CLIP:

@@ -33,8 +33,12 @@ class Marks:
     right: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ATTRIBUTES, 0))
     asked: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ATTRIBUTES, 0))
 
-    def share(self, attribute:str="all") -> float: return self.right[attribute] / self.asked[attribute] if self.asked[attribute] else math.nan
-    def interval(self, attribute:str="all") -> tuple[float, float]: return wilson(self.right[attribute], self.asked[attribute])
+    def share(self, attribute:str="all") -> float:
+        "The share right of those asked."
+        return self.right[attribute] / self.asked[attribute] if self.asked[attribute] else math.nan
+    def interval(self, attribute:str="all") -> tuple[float, float]:
+        "The 95 % interval of that share."
+        return wilson(self.right[attribute], self.asked[attribute])
     def __str__(self):
         return "  ".join(f"{a} {self.share(a):.0%}" for a in ATTRIBUTES if self.asked[a])
 
@@ -46,7 +50,7 @@ def judge(
     "Marks for pictures by what their captions ask, read without learned weights. Raises `UnclipError` for captions of another world."
     marks = Marks()
     for image, text in zip(images, captions, strict=True):
-        for attribute, verdict in matches(parse_caption(text), read_scene(image.float().cpu())).items():
+        for attribute, verdict in matches(parse_caption(text), read_scene(image.float().cpu(), strict=False)).items():
             if verdict is None: continue
             marks.asked[attribute] += 1; marks.right[attribute] += bool(verdict)
     return marks
@@ -138,6 +142,7 @@ def evaluate(
     "Marks of every kind of caption by every route."
     return {(kind, way): take_exam(model, kind, n, way, guidance, steps, seed, progress=progress)[0] for kind in KINDS for way in ways}
 
+# %% ../nbs/18_evaluation.ipynb #90b80b07
 def table(marks:dict[tuple[str, str], Marks]) -> str:
     "Marks as text, a row each: the share right in percent, its interval, and each attribute alone."
     lines = [f"{'captions':14}{'route':17}{'right %':>8}{'95 % interval':>16}" + "".join(f"{a:>12}" for a in ATTRIBUTES[1:])]

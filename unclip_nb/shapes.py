@@ -208,9 +208,11 @@ def parse_caption(text:str) -> Request:
     "What `text` asks for, the inverse of `caption`. Raises `UnclipError` where it names no object, or more than two."
     low = " ".join(text.lower().replace("grey", "gray").split())
     objects = tuple(Obj(shape, color, size) for size, color, shape in ((s or None, c, h) for s, c, h in _OBJECT.findall(low)))
-    if not 1 <= len(objects) <= 2: raise UnclipError(f"caption {text!r} names {len(objects)} objects: name one or two, like 'a red star above a blue ring'")
+    if not 1 <= len(objects) <= 2:
+        raise UnclipError(f"caption {text!r} names {len(objects)} objects: name one or two, like 'a red star above a blue ring'")
     back, rel = _BACK.search(low), _RELATION.search(low)
-    if len(objects) == 2 and not rel: raise UnclipError(f"caption {text!r} does not relate its two objects: use one of {', '.join(RELATIONS)}")
+    if len(objects) == 2 and not rel:
+        raise UnclipError(f"caption {text!r} does not relate its two objects: use one of {', '.join(RELATIONS)}")
     return Request(objects, back and back[1], rel[1] if len(objects) == 2 else None)
 
 # %% ../nbs/01_shapes.ipynb #406cc1e2
@@ -237,7 +239,7 @@ def components(
 
 # %% ../nbs/01_shapes.ipynb #cbe3dc17
 def unmix(pixels:Float[Tensor, "3 h w"], back:Float[Tensor, "3"]) -> tuple[Float[Tensor, "8 h w"], Float[Tensor, "8 h w"]]:
-    "Every pixel as a mixture back + alpha * (color - back), for each of the 8 colours: alpha, and how far the pixel lies from that line (0..255)."
+    "Every pixel as a mixture back + alpha * (color - back), for each of the 8 colours: alpha, and the distance from that line (0..255)."
     away, line = pixels - back[:, None, None], torch.tensor([*COLORS.values()]) - back
     dot, norm2 = torch.einsum("kc,chw->khw", line, away), line.square().sum(1)[:, None, None]
     alpha = (dot / norm2).clamp(0, 1)                                  # eq. 3
@@ -248,8 +250,8 @@ def unmix(pixels:Float[Tensor, "3 h w"], back:Float[Tensor, "3"]) -> tuple[Float
 def moments(shape:str) -> tuple[float, float]:
     "The area of `shape` and how far its centroid lies below the centre of its box, in units of its extent."
     at = (torch.arange(256) + 0.5) / 128 - 1
-    inside = signed_distance(shape, *torch.broadcast_tensors(at, at[:, None])) < 0
-    return float(inside.float().mean()), float((inside * at[:, None]).sum() / inside.sum()) / 2
+    inside = (0.5 - 128 * signed_distance(shape, *torch.broadcast_tensors(at, at[:, None]))).clamp(0, 1)
+    return float(inside.mean()), float((inside * at[:, None]).sum() / inside.sum()) / 2
 
 # %% ../nbs/01_shapes.ipynb #139a4a03
 def outline(
@@ -260,7 +262,7 @@ def outline(
     total = alpha.sum(); mx, my = (float((alpha * c).sum() / total) for c in (x, y))
     area, low = torch.tensor([moments(s) for s in SHAPES]).T
     extent = (total / area).sqrt(); cy = my - low * extent                        # if it were this shape
-    drawn = torch.stack([signed_distance(s, (x - mx) * 2 / e, (y - c) * 2 / e) * e / 2 for s, e, c in zip(SHAPES, extent.tolist(), cy.tolist())])
+    drawn = torch.stack([signed_distance(s, (x - mx) / h, (y - c) / h) * h for s, h, c in zip(SHAPES, (extent / 2).tolist(), cy.tolist())])
     soft = torch.stack([F.avg_pool2d((0.5 - drawn).clamp(0, 1), k, 1, k // 2) for k in (1, 3, 5)])
     both = torch.minimum(soft, alpha).sum((2, 3))
     overlap = (both / (soft.sum((2, 3)) + total - both)).amax(0)

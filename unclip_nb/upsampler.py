@@ -64,7 +64,8 @@ class UpsamplerConfig:
     crops: int = 1                            # crops of each picture in a batch
     blur_p: float = 0.5                       # share of training pictures whose small version is blurred first
     blur_sigma: float = 0.6                   # of that blur, kernel 3
-    target: str = "v"                         # what the network predicts: "eps", "x0" or "v"
+    target: str = "eps"                       # what the network predicts: "eps", "x0" or "v"
+    residual: bool = False                    # x0 and v: the network answers with what to add to the enlarged picture; the paper's doesn't
     weighting: str = "none"                   # of the loss over t: "none" or "min_snr"
     schedule: str = "cosine"
     T: int = 1000                             # diffusion steps
@@ -87,12 +88,12 @@ class UpsamplerConfig:
     @classmethod
     def nano(cls):
         "16 -> 64 px: a minute or two on a CPU."
-        return cls(low_size=16, channels=32, channel_mult=(1, 2), res_blocks=1, patch=4, crop=0.5, crops=2)
+        return cls(low_size=16, channels=32, channel_mult=(1, 2), res_blocks=1, patch=4, crop=0.5, crops=2, target="x0", residual=True)
 
     @classmethod
     def tiny(cls):
         "32 -> 128 px: ten minutes on a CPU."
-        return cls(low_size=32, channels=48, channel_mult=(1, 1), res_blocks=2, patch=4, crop=0.25, crops=4)
+        return cls(low_size=32, channels=48, channel_mult=(1, 1), res_blocks=2, patch=4, crop=0.25, crops=4, target="x0", residual=True)
 
     @classmethod
     def small(cls):
@@ -119,7 +120,9 @@ class Upsampler(Stage):
 
     def network(self, x_t:Tensor, t:Tensor, big:Tensor) -> Tensor:
         "The U-Net's answer about a noised picture, with the enlarged one stacked on its channels."
-        return self.unet(torch.cat([x_t, big], 1), self.time(t))
+        out = self.unet(torch.cat([x_t, big], 1), self.time(t))
+        if not self.config.residual or self.config.target == "eps": return out
+        return out + big if self.config.target == "x0" else out - self.schedule.gather("noise", t, big) * big
 
     def loss(self, batch:dict, generator:torch.Generator) -> Float[Tensor, ""]:
         "Squared error on random crops of `batch['image']`, which is brought to the large size; some of the small pictures are blurred."
