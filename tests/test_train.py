@@ -148,10 +148,11 @@ def test_ahead_keeps_order_and_passes_errors_on():
 SCRIPT = '''
 import os, random, select, signal, sys, time
 sys.path.insert(0, sys.argv[1])
-import accelerate, torch, tqdm # once: the trainings below are forks of this process
+import accelerate, torch, torch._dynamo, tqdm # once, for they are slow: the trainings below are forks of this process
 torch.set_num_threads(1)
 from pathlib import Path
-from test_train import Points, checkpoints, junk, run, train
+from test_train import CFG, Points, checkpoints, junk, run, toy, train
+train.start_run(toy(), Points(), CFG, sys.argv[2] + "/warm", device="cpu")
 train.plot_loss = lambda out: None
 work, rng = Path(sys.argv[2]), random.Random(0)
 

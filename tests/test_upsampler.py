@@ -163,11 +163,11 @@ def test_saves_and_loads(tmp_path):
 # -- what was learned ------------------------------------------------------------------------------------------------------
 def test_learns_to_beat_its_start():
     torch.manual_seed(0)
-    net, x0, g, losses = Upsampler(little(target="v")), pictures(32), generator("learn"), []
+    net, x0, g, losses = Upsampler(little(target="x0")), pictures(32), generator("learn"), []   # what the presets ask for
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
     for _ in range(60):
         loss = net.loss({"image": x0}, g); optimizer.zero_grad(); loss.backward(); optimizer.step(); losses.append(loss.item())
-    assert sum(losses[-10:]) < 0.65 * sum(losses[:10])
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
 
 def tiles(x, side): return x.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
 
