@@ -87,12 +87,12 @@ class UpsamplerConfig:
 
     @classmethod
     def nano(cls):
-        "16 -> 64 px: a minute or two on a CPU."
+        "16 -> 64 px, for a CPU."
         return cls(low_size=16, channels=32, channel_mult=(1, 2), res_blocks=1, patch=4, crop=0.5, crops=2, target="x0", residual=True)
 
     @classmethod
     def tiny(cls):
-        "32 -> 128 px: ten minutes on a CPU."
+        "32 -> 128 px: 4,000 steps took 13 minutes on one busy CPU core."
         return cls(low_size=32, channels=48, channel_mult=(1, 1), res_blocks=2, patch=4, crop=0.25, crops=4, target="x0", residual=True)
 
     @classmethod
