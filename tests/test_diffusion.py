@@ -2,8 +2,9 @@
 import copy, math
 import numpy as np, pytest, torch
 from unclip_nb.core import UnclipError, generator, randn
-from unclip_nb.diffusion import (Prediction, Schedule, TARGETS, ddim_sample, ddpm_sample, guided, loss_weight, mixture_denoiser, predict,
-                                 q_sample, respace, simple_loss, target)
+from unclip_nb.diffusion import (Prediction, Schedule, TARGETS, bits_per_dim, ddim_sample, ddpm_sample, dpm_sample, even_snr, guided, hybrid_loss,
+                                 loss_weight, mixture_denoiser, normal_kl, pixel_log_prob, predict, q_sample, respace, simple_loss, split_variance,
+                                 target, vlb_terms)
 
 KINDS = {"cosine": "squaredcos_cap_v2", "linear": "linear"}
 NAMES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
@@ -64,6 +65,8 @@ def test_schedule_equals_the_formula_and_diffusers(kind):
 def test_short_schedules_are_sane(kind, T):
     s = Schedule(kind, T)
     assert len(s.betas) == T and (s.betas > 0).all() and (s.betas <= 0.999).all() and torch.isfinite(s.snr).all()
+    assert s.x0_weight.shape == s.log_small.shape == (T,) and torch.isfinite(s.log_small).all() and (s.log_small <= s.log_large + 1e-12).all()
+    assert abs(s.x0_weight[0] - 1) < 1e-9 and (T == 1 or s.log_small[0] == s.log_small[1])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -117,7 +120,7 @@ def test_min_snr_counts_the_same_mistake_the_same_for_every_target():
     (x0, eps, t), s = batch(), Schedule()
     x_t = q_sample(s, x0, t, eps)
     wrong = predict(s, "x0", x0 + 0.1 * eps.flip(0), x_t, t)
-    losses = [simple_loss(s, k, target(s, k, *wrong, t), x0, eps, t, "min_snr") for k in TARGETS]
+    losses = [simple_loss(s, k, target(s, k, wrong.x0, wrong.eps, t), x0, eps, t, "min_snr") for k in TARGETS]
     assert max(losses) - min(losses) < 1e-6 * max(losses) and losses[0] > 0
 
 
@@ -142,6 +145,25 @@ def test_respace_by_section_is_guided_diffusions():
         return sorted(out, reverse=True)
     for counts in ((10, 10, 3, 2, 2), (5, 4), (50,)): assert respace(1000, counts) == space_timesteps(1000, counts)
     assert len(respace(1000, (10, 10, 3, 2, 2))) == 27
+
+
+def test_respace_reads_the_authors_names():
+    assert respace(1000, "10,10,3,2,2") == respace(1000, (10, 10, 3, 2, 2)) and respace(1000, "27") == respace(1000, 27)
+    assert respace(1000, "ddim50") == list(range(0, 1000, 20))[::-1] and respace(1000, "ddim250") == list(range(0, 1000, 4))[::-1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_even_snr_is_even_and_complete(kind):
+    s = Schedule(kind)
+    clock = plain_abar(kind); clock = (clock / (1 - clock)).log() / 2
+    ts = even_snr(s, 12)
+    jumps = clock[ts[1:]].diff()
+    assert ts[0] == 999 and ts[-1] == 0 and abs(clock[ts[1]] + 3.5) < 0.1 and jumps.max() / jumps[:-3].min() < 1.5
+    for T in (1, 2, 25, 1000):
+        for n in {1, 2, min(T, 40), T}:
+            ts = even_snr(Schedule(kind, T), min(n, T))
+            assert len(ts) == min(n, T) and ts == sorted(set(ts), reverse=True) and ts[0] == T - 1 and ts[-1] in (0, T - 1 if n == 1 else 0)
+    assert even_snr(s, 1000) == respace(1000, 1000)
 
 
 # ---- samplers against diffusers
@@ -181,9 +203,43 @@ def test_ddpm_equals_diffusers_at_any_spacing(kind, prediction, steps, monkeypat
     same(ddpm_sample(denoiser(s, prediction), x_T, s, steps, generator("dice")), reference(sched, x_T, "unused", prediction))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prediction", TARGETS)
+@pytest.mark.parametrize("steps", [(20,), 20, "10,10,3,2,2", 2])
+def test_dpm_solver_equals_diffusers(kind, prediction, steps):
+    s, x_T = Schedule(kind), batch()[0]
+    sched = theirs("DPMSolverMultistepScheduler", kind, prediction, algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint",
+                   lower_order_final=True, final_sigmas_type="zero")
+    sched.set_timesteps(timesteps=even_snr(s, steps) if isinstance(steps, int) else respace(1000, steps))
+    abar = plain_abar(kind)[sched.timesteps]
+    sched.sigmas = torch.cat([((1 - abar) / abar).sqrt(), torch.zeros(1, dtype=torch.float64)])      # theirs are float32
+    same(dpm_sample(denoiser(s, prediction), x_T, s, steps, clip=False), reference(sched, x_T, "unused", prediction))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prediction", TARGETS)
+@pytest.mark.parametrize("steps", [15, "10,10,3,2,2"])
+def test_learned_variance_equals_diffusers(kind, prediction, steps, monkeypatch):
+    s, x_T, g = Schedule(kind), batch()[0], generator("dice")
+    sched = theirs("DDPMScheduler", kind, prediction, clip_sample=True, variance_type="learned_range")
+    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda shape, dtype=None, **kw: randn(shape, g).to(dtype))
+    sched.set_timesteps(timesteps=respace(1000, steps))
+    both = lambda x, t: torch.cat([network(x, t), torch.sin(3 * x.flip(1))], 1)      # six channels: answers, and v in -1 .. 1
+    ref = x_T
+    for t in sched.timesteps.tolist(): ref = sched.step(both(ref, torch.full((len(ref),), t)), t, ref).prev_sample
+    def denoise(x, t):
+        answer, mix = split_variance(both(x, t))
+        assert answer.shape == mix.shape == x.shape and mix.min() >= 0 and mix.max() <= 1
+        return predict(s, prediction, answer, x, t)._replace(mix=mix)
+    ours = ddpm_sample(denoise, x_T, s, steps, generator("dice"))
+    same(ours, ref)
+    small = ddpm_sample(denoiser(s, prediction), x_T, s, steps, generator("dice"))
+    assert (ours - small).norm() > 1e-3 * small.norm()                               # it matters
+
+
 def test_float32_follows_float64():
     s, x_T = Schedule(), batch()[0]
-    for sampler in (ddim_sample, ddpm_sample):
+    for sampler in (ddim_sample, ddpm_sample, dpm_sample):
         a, b = [sampler(denoiser(s, "v"), x_T.to(d), s, 50, generator=generator("dice")) for d in (torch.float32, torch.float64)]
         assert a.dtype == torch.float32; same(a, b, 1e-4)
 
@@ -215,6 +271,162 @@ def test_ddpm_draws_have_the_datas_mean_and_spread():
     assert abs(x.mean() - 0.3) < 0.015 and abs(x.std() - 0.5) < 0.015
 
 
+@pytest.mark.parametrize("steps", [1, 2, 4, 30, (3, 2)])
+def test_analytic_variance_makes_gaussians_exact_at_any_steps(steps):
+    "With the true cov each step is the exact reverse step: measured by moments carried through a sampler that is linear in its noise."
+    s, tau = Schedule(), 0.5
+    bell = mixture_denoiser(s, torch.tensor([[0.3]], dtype=torch.float64), tau, variance=True)
+    n = len(respace(1000, steps)) - 1
+    pushes = torch.eye(n + 2, n + 1, dtype=torch.float64)                            # row k: a unit of noise at one place; the last row: none
+    draws = iter(pushes[:, 1:].T)
+    def noise(shape, g, device): return next(draws)[:, None]
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr("unclip_nb.diffusion.randn", noise)
+        out = ddpm_sample(bell, pushes[:, :1], s, steps, clip=False).flatten()
+    mean, var = out[-1], ((out[:-1] - out[-1]) ** 2).sum()
+    last = respace(1000, steps)[-1]
+    unsaid = tau ** 2 * (1 - s.abar[last]) / (1 - s.abar[last] + s.abar[last] * tau ** 2)     # the last step adds no noise
+    assert abs(mean - 0.3) < 1e-4 and abs(var + unsaid - tau ** 2) < 1e-6
+
+
+def test_cov_per_row_and_mix_at_both_ends():
+    s, x_T = Schedule(), batch()[0]
+    base = denoiser(s, "x0")
+    def run(**fields): return ddpm_sample(lambda x, t: base(x, t)._replace(**{k: f(x) for k, f in fields.items()}), x_T, s, 9, generator("g"))
+    same(run(mix=torch.zeros_like), run(), 1e-9); same(run(cov=lambda x: x.new_zeros(6, 1, 1, 1)), run(), 1e-12)
+    rows = torch.tensor([0., .1, .2, .3, .4, .5], dtype=torch.float64).view(6, 1, 1, 1)
+    same(run(cov=lambda x: rows)[:1], run()[:1], 1e-12); same(run(cov=lambda x: rows)[3], run(cov=lambda x: torch.full_like(x, 0.3))[3], 1e-12)
+    assert (run(cov=lambda x: rows)[5] - run()[5]).norm() > 0.05
+    seen = []                                                                        # mix = 1: the betas of the respaced process
+    def note(shape, g, device): seen.append(1); return torch.ones(shape)
+    ts = respace(1000, 9)
+    still = lambda x, t: Prediction(0 * x, x, mix=torch.ones_like(x))
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr("unclip_nb.diffusion.randn", note)
+        x = ddpm_sample(lambda x, t: still(x, t) if t[0] == 999 else Prediction(x, x), torch.zeros(1, 1, dtype=torch.float64), s, (2,))
+    assert len(seen) == 1 and torch.allclose(x, (1 - s.abar[999] / s.abar[0]).sqrt())
+
+
+def test_mixture_variance_equals_numeric_integration():
+    s, tau = Schedule(), 0.1
+    centres = torch.tensor([[-0.7], [0.2], [0.9]], dtype=torch.float64)
+    grid = torch.linspace(-3, 3, 20001, dtype=torch.float64)
+    density = torch.exp(-0.5 * ((grid - centres) / tau) ** 2).sum(0)
+    for step, x_t in [(100, 0.3), (400, -0.5), (800, 1.1)]:
+        post = density * torch.exp(-0.5 * ((x_t - s.signal[step] * grid) / s.noise[step]) ** 2)
+        mean = (grid * post).sum() / post.sum(); var = ((grid - mean) ** 2 * post).sum() / post.sum()
+        p = mixture_denoiser(s, centres, tau, variance=True)(torch.tensor([[x_t]], dtype=torch.float64), torch.tensor([step]))
+        assert abs(p.x0 - mean) < 1e-6 and abs(p.cov - var) < 1e-6
+    assert mixture_denoiser(s, torch.zeros(5, 3, 4, 4), variance=True)(torch.zeros(2, 3, 4, 4), torch.tensor([1, 2])).cov.shape == (2, 1, 1, 1)
+
+
+def test_dpm_solver_is_of_second_order():
+    s, start = Schedule(T=1000), torch.tensor([[-1.], [0.2], [1.5]], dtype=torch.float64)
+    pair = mixture_denoiser(s, torch.tensor([[-0.5], [0.5]], dtype=torch.float64), 0.2)
+    truth = dpm_sample(pair, start, s, 500, clip=False)
+    def off(f, n): return (f(pair, start, s, n, clip=False) - truth).abs().max().item()
+    assert off(dpm_sample, 20) / off(dpm_sample, 80) > 9 and off(ddim_sample, 20) / off(ddim_sample, 80) < 6      # 16 and 4, were they perfect
+    assert off(dpm_sample, 20) < off(ddim_sample, 20) / 2 and off(dpm_sample, 20) < off(ddim_sample, 50)
+
+
+# ---- the variational bound
+
+def parts(n=4):
+    x0 = (torch.rand(n, 3, 4, 4, generator=generator("x0")).double() * 255).round() / 127.5 - 1
+    noise, v = randn(x0.shape, generator("n")).double(), torch.sin(5 * randn(x0.shape, generator("v"))).double()
+    return x0, noise, v
+
+
+def test_kl_equals_torch():
+    m1, l1, m2, l2 = randn((4, 200), generator("kl")).double()
+    N = torch.distributions.Normal
+    same(normal_kl(m1, l1, m2, l2), torch.distributions.kl_divergence(N(m1, (l1 / 2).exp()), N(m2, (l2 / 2).exp())), 1e-10)
+
+
+def test_pixel_areas_add_up_and_equal_torch():
+    levels = torch.linspace(-1, 1, 256, dtype=torch.float64)
+    for mean, sd in [(0.0, 0.5), (0.99, 0.02), (-1.3, 0.1), (0.3, 0.001)]:
+        logp = pixel_log_prob(levels, torch.tensor(mean).double(), torch.tensor(sd).double().log() * 2)
+        cdf = torch.distributions.Normal(torch.tensor(mean).double(), sd).cdf
+        areas = cdf(levels + 1 / 255) - cdf(levels - 1 / 255)
+        areas[0], areas[-1] = cdf(levels[0] + 1 / 255), 1 - cdf(levels[-1] - 1 / 255)
+        likely = areas > 1e-9
+        assert abs(logp.exp().sum() - 1) < 1e-6 and torch.allclose(logp[likely], areas[likely].log(), atol=1e-6)
+        assert torch.isfinite(logp).all()
+    x = torch.tensor([-1., 0., 1.], requires_grad=True)                              # far off, and in float32: still finite, gradient too
+    logp = pixel_log_prob(-x.detach(), x, torch.full((3,), -10.)); logp.sum().backward()
+    assert torch.isfinite(logp).all() and torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bound_equals_the_definition(kind):
+    "Each term from q's and p's own Gaussians, by torch.distributions; the authors' choice for the variance at t = 0."
+    (x0, noise, v), s, abar = parts(), Schedule(kind), plain_abar(kind)
+    N, kl = torch.distributions.Normal, torch.distributions.kl_divergence
+    for t in (0, 1, 2, 300, 999):
+        ts = torch.full((4,), t); x_t = q_sample(s, x0, ts, noise)
+        p = predict(s, "v", network(x_t, ts), x_t, ts)._replace(mix=(v + 1) / 2)
+        prev = abar[t - 1] if t else torch.tensor(1.).double()
+        beta = 1 - abar[t] / prev
+        small = beta * (1 - prev) / (1 - abar[t]) if t else (1 - abar[1] / abar[0]) * (1 - abar[0]) / (1 - abar[1])
+        mean = lambda guess: prev.sqrt() * beta / (1 - abar[t]) * guess + (1 - beta).sqrt() * (1 - prev) / (1 - abar[t]) * x_t
+        sd = ((v + 1) / 2 * beta.log() + (1 - v) / 2 * small.log()).exp().sqrt()
+        if t: nats = kl(N(mean(x0), small.sqrt()), N(mean(p.x0), sd))
+        else: nats = -pixel_log_prob(x0, p.x0, 2 * sd.log())
+        same(vlb_terms(s, p, x0, ts), nats.flatten(1).mean(1) / math.log(2), 1e-5)
+        plain = vlb_terms(s, p._replace(mix=None), x0, ts), vlb_terms(s, p._replace(mix=torch.zeros_like(v)), x0, ts)
+        same(*plain, 1e-9)
+    cov = torch.full((4, 1, 1, 1), 0.2).double()
+    w = prev.sqrt() * beta / (1 - abar[t])
+    same(vlb_terms(s, p._replace(mix=None, cov=cov), x0, ts), kl(N(mean(x0), small.sqrt()), N(mean(p.x0), (small + w ** 2 * 0.2).sqrt())).flatten(1).mean(1) / math.log(2))
+
+
+def test_steps_may_differ_in_a_batch():
+    (x0, noise, v), s, t = parts(), Schedule(), torch.tensor([0, 5, 0, 900])
+    p = predict(s, "x0", network(x0, t), q_sample(s, x0, t, noise), t)._replace(mix=v)
+    for i in range(4): same(vlb_terms(s, p, x0, t)[i:i + 1], vlb_terms(s, Prediction(p.x0[i:i+1], p.eps[i:i+1], v[i:i+1]), x0[i:i+1], t[i:i+1]), 1e-12)
+
+
+def test_hybrid_loss_is_the_sum_and_the_mean_is_detached():
+    (x0, noise, v), t = parts(), torch.tensor([0, 3, 400, 999])
+    for T, t in ((1000, t), (100, t // 10)):
+        s = Schedule(T=T)
+        x_t = q_sample(s, x0, t, noise)
+        out = torch.cat([network(x_t, t), v], 1).requires_grad_()
+        for kind in TARGETS:
+            loss = hybrid_loss(s, kind, out, x0, noise, t)
+            p = predict(s, kind, out[:, :3], x_t, t)._replace(mix=(v + 1) / 2)
+            same(loss, simple_loss(s, kind, out[:, :3], x0, noise, t) + T / 1000 * vlb_terms(s, p, x0, t).mean(), 1e-9)
+            grad, = torch.autograd.grad(loss, out)
+            alone, = torch.autograd.grad(simple_loss(s, kind, out[:, :3], x0, noise, t), out)
+            assert torch.equal(grad[:, :3], alone[:, :3]) and alone[:, 3:].abs().sum() == 0 and grad[:, 3:].abs().sum() > 0
+    half = hybrid_loss(s, "v", out.detach().bfloat16(), x0.float(), noise.float(), t)
+    assert half.dtype == torch.float32 and torch.isfinite(half)
+
+
+def test_the_best_mix_is_the_analytic_variance():
+    "The bound's gradient for mix vanishes, on average, where eq. 11 gives the variance of eq. 10."
+    s, t = Schedule(T=20), torch.full((200_000,), 6)
+    bell = mixture_denoiser(s, torch.tensor([[0.3]], dtype=torch.float64), 0.5, variance=True)
+    x0, noise = (randn((200_000, 1), generator(k)).double() for k in "ab"); x0 = 0.3 + 0.5 * x0
+    p = bell(q_sample(s, x0, t, noise), t)
+    best = ((s.log_small[6].exp() + s.x0_weight[6] ** 2 * p.cov[0]).log() - s.log_small[6]) / (s.log_large[6] - s.log_small[6])
+    def slope(m):
+        m = torch.full((1, 1), m, dtype=torch.float64, requires_grad=True)
+        vlb_terms(s, p._replace(mix=m, cov=None), x0, t).mean().backward(); return m.grad.item()
+    assert 0.05 < best < 0.95 and slope(best.item() - 0.1) < -5 * abs(slope(best.item())) and slope(best.item() + 0.1) > 5 * abs(slope(best.item()))
+
+
+def test_one_of_eight_costs_three_bits():
+    s, pictures = Schedule(T=250), torch.rand(8, 3, 4, 4, generator=generator("p")) * 2 - 1
+    bits = bits_per_dim(mixture_denoiser(s, pictures), pictures.repeat(12, 1, 1, 1), s, generator("bits"))
+    assert bits.shape == (251, 96)
+    per_picture = bits.mean(1) * 48
+    assert 2.9 < per_picture[1:-1].sum() < 3.5 and (bits >= 0).all()                 # finitely many steps pay a little more
+    prior = torch.distributions.kl_divergence(torch.distributions.Normal(s.signal[-1] * pictures.double(), s.noise[-1]), torch.distributions.Normal(0., 1.))
+    assert torch.allclose(bits[-1][:8].double(), prior.flatten(1).mean(1) / math.log(2), atol=1e-7)
+
+
 def test_one_ddim_with_eta_one_is_ddpm():
     s, x_T = Schedule(), batch()[0]
     a = ddim_sample(denoiser(s, "x0"), x_T, s, 30, 1.0, generator("g"))
@@ -223,7 +435,7 @@ def test_one_ddim_with_eta_one_is_ddpm():
 
 def test_pictures_known_by_heart_come_out_exactly():
     s, eight = Schedule(), torch.rand(8, 3, 8, 8, generator=generator("pictures")) * 2 - 1
-    for sampler in (ddim_sample, ddpm_sample):
+    for sampler in (ddim_sample, ddpm_sample, dpm_sample):
         x = sampler(mixture_denoiser(s, eight), randn((16, 3, 8, 8), generator("T")), s, 60, generator=generator("dice"))
         nearest = (x[:, None] - eight).flatten(2).abs().amax(2).min(1)
         assert nearest.values.max() < 1e-3 and len(nearest.indices.unique()) > 3
@@ -257,7 +469,7 @@ def test_a_row_does_not_depend_on_its_batch():
 def test_clip_holds_the_picture_and_nothing_is_clipped_without_it():
     s, x_T = Schedule(), batch()[0]
     far = lambda x, t: predict(s, "x0", torch.full_like(x, 3.0), x, t)
-    for sampler in (ddpm_sample, ddim_sample):
+    for sampler in (ddpm_sample, ddim_sample, dpm_sample):
         assert torch.allclose(sampler(far, x_T, s, 10), torch.ones_like(x_T)) and torch.allclose(sampler(far, x_T, s, 10, clip=False), torch.full_like(x_T, 3.0))
 
 
@@ -265,7 +477,9 @@ def test_guidance():
     (a, b, t), s = batch(), Schedule()
     x_t = q_sample(s, a, t, b)
     cond, null = predict(s, "v", network(x_t, t), x_t, t), predict(s, "v", network(-x_t, t), x_t, t)
-    for got, want in zip(guided(cond, null, 1.0) + guided(cond, null, 0.0), cond + null): assert torch.equal(got, want)
+    for got, want in zip(guided(cond, null, 1.0)[:2] + guided(cond, null, 0.0)[:2], cond[:2] + null[:2]): assert torch.equal(got, want)
+    mixed = guided(cond._replace(mix=x_t, cov=t), null._replace(mix=-x_t), 3.0)
+    assert mixed.mix is x_t and mixed.cov is t and torch.equal(mixed.x0, guided(cond, null, 3.0).x0)    # only the mean is guided
     g = guided(cond, null, 3.0)
     same(g.eps, null.eps + 3 * (cond.eps - null.eps), 1e-10); same(g.x0, predict(s, "eps", g.eps, x_t, t).x0, 1e-6)
 
@@ -289,7 +503,9 @@ def test_the_bar_is_shown_only_when_asked_for(capsys):
     (lambda s, x, t: target(s, "noise", x, x, t), "noise"), (lambda s, x, t: predict(s, "epsilon", x, x, t), "epsilon"),
     (lambda s, x, t: simple_loss(s, "v", x, x, x, t, "snr"), "snr"), (lambda s, x, t: respace(1000, 1001), "1001"),
     (lambda s, x, t: respace(1000, 0), "0 of 1000"), (lambda s, x, t: respace(1000, ()), "steps"),
-    (lambda s, x, t: ddim_sample(denoiser(s, "v"), x, s, 2000), "2000"),
+    (lambda s, x, t: ddim_sample(denoiser(s, "v"), x, s, 2000), "2000"), (lambda s, x, t: dpm_sample(denoiser(s, "v"), x, s, 1001), "1001"),
+    (lambda s, x, t: respace(1000, "10,x"), "10,x"), (lambda s, x, t: respace(1000, "ddim300"), "300 of 1000"), (lambda s, x, t: respace(1000, "ddim"), "read"),
+    (lambda s, x, t: ddim_sample(denoiser(s, "v"), x, s, "snrx"), "read"), (lambda s, x, t: split_variance(x), "even number"),
 ])
 def test_mistakes_are_named(wrong, says):
     with pytest.raises(UnclipError, match=says) as e: wrong(Schedule(), *batch()[::2])

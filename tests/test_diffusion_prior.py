@@ -3,9 +3,10 @@ import math
 import pytest, torch
 import torch.nn.functional as F
 from unclip_nb.core import UnclipError, count_parameters, generator, randn
-from unclip_nb.diffusion import Schedule, predict
-from unclip_nb.diffusion_prior import (DiffusionPrior, PriorConfig, PriorNet, compare_priors, hide_captions, keep_best, linear_prior,
-                                       nearest_prior)
+from unclip_nb.diffusion import Schedule, ddpm_sample, predict
+from unclip_nb.diffusion_prior import (SAMPLERS, DiffusionPrior, Prefix, PriorConfig, PriorNet, compare_priors, hide_captions, keep_best,
+                                       linear_prior, nearest_prior, score_draws)
+from unclip_nb.layers import KVCache
 
 SMALL = dict(clip_dim=16, text_width=12, context_length=6, width=32, layers=2, heads=4)
 
@@ -14,6 +15,7 @@ def prior():
     torch.manual_seed(0)
     p = DiffusionPrior(PriorConfig(**SMALL)).eval()
     for x in p.parameters(): torch.nn.init.normal_(x, std=0.3 if x.ndim == 1 else x.shape[-1] ** -0.5)   # no zero or tiny part may hide a mistake
+    p.cov = 0.3 * torch.rand(1000, generator=generator("cov"))
     return p
 
 def captions(n=3, seed=0):
@@ -134,10 +136,31 @@ def test_cache_changes_nothing(prior, guidance, draws):
     with torch.no_grad(): fast, slow = (prior.denoiser(text, zt, guidance, draws, cache=c)(x, t) for c in (True, False))
     torch.testing.assert_close(fast.x0, slow.x0, atol=1e-5, rtol=1e-5)
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_cached_sample_is_the_full_sample(prior, sampler):
     a, b = (prior.sample(*captions(), steps=64, guidance=2., generator=own(3), cache=c, sampler=sampler) for c in (True, False))
     assert (a - b).abs().max() < 1e-5 and (a.norm(dim=1) - 1).abs().max() < 1e-5
+
+def test_prefix_is_a_cache_that_is_not_extended():
+    g = generator("kv"); k, v, a, b = (randn((2, 3, n, 4), g) for n in (5, 5, 2, 2))
+    cache, rows = KVCache(k, v), torch.tensor([1, 0, 1])
+    with torch.no_grad():
+        prefix = Prefix(cache, rows, 2)
+        for new in (a, b):                                              # the second step finds nothing of the first
+            for got, old in zip(prefix.join(new[rows], -new[rows]), (k, v)):
+                torch.testing.assert_close(got, torch.cat([old[rows], new[rows] if old is k else -new[rows]], 2))
+        assert len(prefix) == 5
+    new = a[rows].requires_grad_()                                      # with gradients nothing may be overwritten
+    for got, old in zip(Prefix(cache, rows, 2).join(new, new), (k, v)): torch.testing.assert_close(got, torch.cat([old[rows], new], 2))
+
+def test_gradients_pass_through_a_cached_sampler(prior):
+    text, zt = captions(); x = randn((3, 16), generator("x")).requires_grad_()
+    grads = []
+    for cache in (True, False):
+        denoise = prior.denoiser(text, zt, 2., cache=cache)
+        y = denoise(denoise(x, torch.full((3,), 700)).x0, torch.full((3,), 300)).x0
+        grads.append(torch.autograd.grad(y.square().sum(), x)[0])
+    torch.testing.assert_close(*grads, atol=1e-3, rtol=1e-3)
 
 def test_caption_tokens_are_computed_once(prior, monkeypatch):
     sizes, forward = [], type(prior.net.transformer).forward
@@ -167,16 +190,17 @@ def test_two_draws_keep_the_larger_product(prior):
     z = randn((2, 3, 4), generator("z"))
     assert torch.equal(keep_best(z, z[:, 2] * 100), z[:, 2])
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_sample_does_not_depend_on_its_batch(prior, sampler):
     text, zt = captions()
     together = prior.sample(text, zt, steps=6, guidance=2., generator=own(3), sampler=sampler)
     alone = prior.sample(text[1:2], zt[1:2], steps=6, guidance=2., generator=own(3)[1:2], sampler=sampler)
     torch.testing.assert_close(together[1:2], alone, atol=1e-5, rtol=1e-5)
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_embeddings_are_not_clipped(sampler):
     p, want = DiffusionPrior(PriorConfig(**SMALL)).eval(), torch.linspace(-4, 4, 16)
+    p.cov = torch.full((1000,), 0.2)
     torch.nn.init.zeros_(p.net.out.weight); p.net.out.bias.data.copy_(want)          # always answers the same, far outside [-1, 1]
     z = p.sample(*captions(), steps=5, generator=own(3), sampler=sampler)
     torch.testing.assert_close(z, F.normalize(want, dim=0).expand(3, -1), atol=1e-4, rtol=1e-4)
@@ -192,6 +216,101 @@ def test_errors(prior):
     with pytest.raises(UnclipError, match="sampler 'heun'"): prior.sample(text, zt, sampler="heun")
     with pytest.raises(UnclipError, match="6 tokens of width 12"): prior.sample(text[..., :8], zt)
     with pytest.raises(UnclipError, match="CLIP it was trained with"): prior.loss(dict(zi=zt, zt=zt, text=text[:, :5]), generator(0))
+
+# ---- analytic variance
+
+class Gauss:
+    "Embeddings around 0 whose best denoiser is known: N(0, spread^2)."
+    def __init__(self, spread=0.25, seed=0): self.spread, self.seed = spread, seed
+    def at(self, step, rank=0, world=1):
+        g = generator("gauss", self.seed, step)
+        return dict(zi=self.spread * randn((512, 16), g), zt=F.normalize(randn((512, 16), g), dim=1), text=randn((512, 6, 12), g))
+
+def perfect(spread=0.25, slip=0.):
+    "A prior whose network is the best denoiser of `Gauss`, off by `slip` in every component."
+    p = DiffusionPrior(PriorConfig(**SMALL, scale=1.)).eval()
+    def denoiser(text, zt, *a, **k):
+        def denoise(x, t):
+            abar = p.schedule.gather("abar", t, x)
+            return predict(p.schedule, "x0", abar.sqrt() * spread ** 2 / (abar * spread ** 2 + 1 - abar) * x + slip, x, t)
+        return denoise
+    p.denoiser = denoiser
+    return p
+
+def test_measured_variance_is_the_posterior():
+    p = perfect().measure_variance(Gauss())
+    snr = p.schedule.snr
+    want = (1 / (1 / 0.25 ** 2 + snr)).float()                          # of x0 given x_t, both Gaussian
+    assert p.cov.shape == (1000,) and p.cov.dtype == torch.float32
+    torch.testing.assert_close(p.cov, want, rtol=0.04, atol=1e-6)
+
+def test_measured_variance_is_the_validation_error_within_its_bounds():
+    p, slip = perfect(slip=0.05).measure_variance(Gauss()), 0.05 ** 2
+    snr = p.schedule.snr.float()
+    torch.testing.assert_close(p.cov[300:500], (1 / (1 / 0.25 ** 2 + snr) + slip)[300:500], rtol=0.04, atol=1e-6)
+    assert (p.cov * snr <= 1.0001).all() and p.cov.max() <= 0.25 ** 2 * 1.02  # no doubt is larger than that of "no noise" or of "zero"
+    torch.testing.assert_close(p.cov[:5], 1 / snr[:5])
+    other = perfect(slip=0.05).measure_variance(Gauss(), first=3)
+    assert not torch.equal(p.cov, other.cov) and torch.equal(p.cov, perfect(slip=0.05).measure_variance(Gauss()).cov)
+
+@pytest.mark.parametrize("steps", [2, 5, 20])
+def test_analytic_steps_keep_a_gaussians_spread(steps):
+    p = perfect().measure_variance(Gauss())
+    x_T, denoise = randn((20_000, 16), generator("x_T")), p.denoiser(None, None)
+    def spread(d): return ddpm_sample(d, x_T, p.schedule, steps, generator("noise"), clip=False).std().item()
+    assert spread(p.with_variance(denoise)) == pytest.approx(0.25, rel=0.02)
+    if steps < 20: assert spread(denoise) < 0.97 * 0.25                 # the small variance loses some
+
+def test_analytic_sample_by_hand(prior):
+    text, zt = captions()
+    got = prior.sample(text, zt, steps=3, guidance=2., candidates=1, sampler="analytic", generator=generator("hand"))
+    g, abar, d = generator("hand"), prior.schedule.abar, prior.denoiser(text, zt, 2.)
+    x = torch.randn(3, 16, generator=g)
+    for r, s in ((999, 500), (500, 0)):
+        beta = 1 - abar[r] / abar[s]
+        with torch.no_grad(): x0 = d(x, torch.full((3,), r)).x0
+        mean = (abar[s].sqrt() * beta * x0 + (1 - beta).sqrt() * (1 - abar[s]) * x) / (1 - abar[r])
+        var = (1 - abar[s]) / (1 - abar[r]) * beta + abar[s] * beta ** 2 / (1 - abar[r]) ** 2 * prior.cov[r].double()
+        x = (mean + var.sqrt() * torch.randn(3, 16, generator=g)).float()
+    with torch.no_grad(): x = d(x, torch.zeros(3, dtype=torch.long)).x0
+    torch.testing.assert_close(got, F.normalize(x, dim=1), atol=1e-4, rtol=1e-3)
+
+def test_no_variance_is_the_ancestral_sampler(prior):
+    text, zt = captions(); draw = lambda s: prior.sample(text, zt, steps=6, sampler=s, generator=own(3))
+    old, prior.cov = prior.cov, torch.zeros(1000)
+    try: torch.testing.assert_close(draw("analytic"), draw("ddpm"))
+    finally: prior.cov = old
+    assert (draw("analytic") - draw("ddpm")).abs().max() > 1e-3
+
+def test_finish_measures_on_the_batches_after_training():
+    p, data = perfect(), Gauss()
+    p.finish(data, 7)
+    assert torch.equal(p.cov, perfect().measure_variance(data, first=7).cov)
+
+def test_variance_is_saved_with_the_model_and_may_be_absent(prior, tmp_path):
+    prior.save_pretrained(tmp_path/"new", torch.float16)
+    again = DiffusionPrior.from_pretrained(tmp_path/"new")
+    assert torch.equal(again.cov, prior.cov) and again.cov.dtype == torch.float32
+    assert torch.equal(again.half().cov.float(), prior.cov.half().float())         # it moves with the model
+    (tmp_path/"new"/"variance.safetensors").unlink()                            # weights of the first version
+    old = DiffusionPrior.from_pretrained(tmp_path/"new")
+    assert old.cov is None
+    with pytest.raises(UnclipError, match="never measured: call measure_variance"): old.sample(*captions(), steps=2, sampler="analytic")
+    assert torch.isfinite(old.sample(*captions(), steps=2, generator=own(3))).all()
+    prior.save_pretrained(tmp_path/"new"); old.save_pretrained(tmp_path/"new")                   # no stale variance beside other weights
+    assert DiffusionPrior.from_pretrained(tmp_path/"new").cov is None
+
+def test_damaged_variance(prior, tmp_path):
+    prior.save_pretrained(tmp_path); file = tmp_path/"variance.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UnclipError, match="variance.safetensors is damaged"): DiffusionPrior.from_pretrained(tmp_path)
+    other = DiffusionPrior(PriorConfig(**SMALL, T=50)); other.cov = torch.ones(50); other.save_files(tmp_path)
+    with pytest.raises(UnclipError, match="variance of 50 steps, this prior has 1000"): DiffusionPrior.from_pretrained(tmp_path)
+
+def test_shipped_prior_has_its_variance():
+    from unclip_nb.core import data_path
+    p = DiffusionPrior.from_pretrained(data_path("tiny")/"prior")
+    assert p.cov.shape == (1000,) and torch.isfinite(p.cov).all() and (p.cov > 0).all() and p.cov.max() < 0.54 ** 2 + 1e-3
 
 # ---- rivals
 
@@ -213,3 +332,18 @@ def test_compare_priors_by_hand():
     assert t["same"] == pytest.approx(dict(truth=1, nearest=.8, diversity=0), abs=1e-6)
     assert t["both"] == pytest.approx(dict(truth=.5, nearest=.7, diversity=1), abs=1e-6)
     assert t["one"] == pytest.approx(dict(truth=0, nearest=.6, diversity=0), abs=1e-6)
+    t = compare_priors({"both": torch.stack([up, side])}, up, up, zt=F.normalize(torch.tensor([[1., 3.]]), dim=1))
+    assert t["both"]["agreement"] == pytest.approx(2 / 10 ** .5)
+
+def test_scores_are_those_of_single_captions_and_margins_their_spread():
+    g = generator("scores"); z, zi, zt, real = (F.normalize(randn(s, g), dim=-1) for s in ((3, 40, 5), (40, 5), (40, 5), (7, 5)))
+    rows = [compare_priors({"": z[:, i:i+1]}, zi[i:i+1], real, zt[i:i+1])[""] for i in range(40)]
+    scores, table = score_draws(z, zi, real, zt), compare_priors({"": z}, zi, real, zt, margins=True)[""]
+    assert set(table) == {k + m for k in ("truth", "nearest", "diversity", "agreement") for m in ("", " ±")}
+    for k, v in scores.items():
+        one = torch.tensor([r[k] for r in rows])
+        torch.testing.assert_close(v, one, atol=1e-5, rtol=1e-4)
+        assert table[k] == pytest.approx(one.mean().item(), abs=1e-5)
+        assert table[f"{k} ±"] == pytest.approx(1.96 * one.std().item() / 40 ** .5, rel=1e-3)
+    pairs = 1 - torch.stack([(z[a] * z[b]).sum(-1) for a, b in ((0, 1), (0, 2), (1, 2))]).mean(0)
+    torch.testing.assert_close(scores["diversity"], pairs, atol=1e-5, rtol=1e-4)

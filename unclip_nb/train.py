@@ -188,6 +188,7 @@ class Stage(nn.Module, PyTorchModelHubMixin, library_name="unclip_nb"):
 
     def forward(self, batch:dict, generator:torch.Generator) -> Float[Tensor, ""]: return self.loss(batch, generator)
     def start(self, batches): "Called once before the first step: the place for statistics of the data."
+    def finish(self, batches, step:int): "Called once after the last step, with the averaged weights: the place for statistics of the trained model, on batches from `step` on."
     def save_files(self, folder:Path): "Called by `save_pretrained`: the place to write more files (a tokenizer, say)."
     def load_files(self, folder:Path): "Called by `from_pretrained`: the place to read them."
 
@@ -482,7 +483,8 @@ def fit(
                 raise KeyboardInterrupt
             if preview and run.main and due(cfg.preview_every): save_preview(run, preview)
     load_weights(model, run.ema.state_dict())
-    if run.main: model.eval().save_pretrained(out)
+    model.eval().finish(batches, cfg.steps * cfg.accumulate)
+    if run.main: model.save_pretrained(out)
     acc.wait_for_everyone()
     return model.eval()
 
