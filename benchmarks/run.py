@@ -15,7 +15,7 @@ def median_time(fn, budget:float=6.0, least:int=3) -> float:
 def training() -> list[tuple[str, float, str]]:
     "Steps a second of every stage at its preset's batch size, data included."
     from dataclasses import replace
-    from unclip_nb.cli import STAGES, fit_to_clip, model_config, stage_class, train_config
+    from unclip_nb.cli import ON_CLIP, STAGES, fit_to_clip, model_config, stage_class, train_config
     from unclip_nb.clip import CLIP
     from unclip_nb.core import data_path, generator
     from unclip_nb.data import Batches, load_captioned
@@ -23,12 +23,13 @@ def training() -> list[tuple[str, float, str]]:
     rows, clip = [], CLIP.from_pretrained(data_path("tiny")/"clip")
     for stage in STAGES:
         cfg, train = model_config(stage, "tiny"), train_config(stage, "tiny")
-        if stage in ("prior", "decoder"): cfg = fit_to_clip(cfg, clip)
+        if stage in ON_CLIP: cfg = fit_to_clip(cfg, clip)
         model = stage_class(stage)[0](cfg, tokenizer=clip.tokenizer) if stage == "clip" else stage_class(stage)[0](cfg)
         if train.channels_last: model = model.to(memory_format=torch.channels_last)
         size = cfg.low_size * cfg.factor if stage == "upsampler1" else 32
         data = Batches(load_captioned("shapes", size=size), train.batch_size, tokenizer=clip.tokenizer, distinct=stage == "clip",
-                       prepare=clip.embed_batch if stage in ("prior", "decoder") else None)
+                       prepare=clip.embed_batch if stage in ON_CLIP else None)
+        model.start(data)
         optimizer, count = make_optimizer(model, train), iter(range(10 ** 9))
         def step():
             i = next(count)
@@ -45,9 +46,9 @@ def drawing() -> list[tuple[str, float, str]]:
     return [(f"caption to picture, {n} at a time", n / median_time(lambda: model.generate(list(EIGHT_CAPTIONS[:n]))), "pictures/s") for n in (1, 8)]
 
 def main():
-    import bench_prior, bench_shapes
+    import bench_ar_prior, bench_degradations, bench_prior, bench_shapes
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, device {'cuda' if torch.cuda.is_available() else 'cpu'}")
-    for rows in (bench_shapes.run, training, drawing, bench_prior.run):
+    for rows in (bench_shapes.run, bench_degradations.run, training, drawing, bench_prior.run, bench_ar_prior.run):
         for name, value, unit in rows(): print(f"{name:58}{value:12.2f} {unit}", flush=True)
 
 if __name__ == "__main__": main()

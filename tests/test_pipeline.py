@@ -1,7 +1,8 @@
 "UnCLIP: the promises of the design page, on a system trained for a few steps."
 import json, shutil, pytest, torch
 from unclip_nb.core import UnclipError, generator
-from unclip_nb.pipeline import UnCLIP
+from unclip_nb.pipeline import UnCLIP, load_image
+from unclip_nb.upsampler import psnr
 from unclip_nb.shapes import EIGHT_CAPTIONS, render, scene_at
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def test_save_and_load_return_the_same_model(model, tmp_path):
     size = lambda d: sum(f.stat().st_size for f in d.rglob("*.safetensors"))
     assert size(tmp_path/"half") < 0.6 * size(tmp_path/"full")
     assert (half.generate(CAPTIONS, steps=3) - model.generate(CAPTIONS, steps=3)).abs().mean() < 0.02
-    assert not list(tmp_path.rglob("*.part")) and set(json.loads((tmp_path/"half"/"unclip.json").read_text())["stages"]) == {"clip", "prior", "decoder", "upsampler1"}
+    assert not list(tmp_path.rglob("*.part")) and set(json.loads((tmp_path/"half"/"unclip.json").read_text())["stages"]) == {"clip", "prior", "ar_prior", "decoder", "upsampler1"}
 
 def test_another_clip_is_refused(system, tmp_path):
     shutil.copytree(system, tmp_path/"mixed")
@@ -68,3 +69,40 @@ def test_missing_and_broken_weights(system, tmp_path):
     file = tmp_path/"cut"/"prior"/"model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UnclipError): UnCLIP.from_pretrained(str(tmp_path/"cut"))
+
+@pytest.fixture(scope="module")
+def tiny(): return UnCLIP.from_pretrained("tiny", device="cpu")
+
+def test_a_latent_gives_its_picture_back(tiny):            # tiny = UnCLIP.from_pretrained("tiny", device="cpu"), module scope
+    images = render([scene_at(i, "unseen") for i in range(2)], 32)
+    latent = tiny.invert(images, steps=20)
+    again = tiny.decode(latent.zi, x_T=latent.x_T, steps=latent.steps, upsample=False)
+    assert latent.x_T.shape == (2, 3, 32, 32) and psnr(again, images).min() > 20
+    one = tiny.invert(images[1], steps=20)                 # does not depend on the batch
+    assert torch.allclose(one.x_T, latent[1].x_T, atol=1e-2)
+
+def test_any_picture_goes_in(tiny, tmp_path):
+    from PIL import Image
+    red = Image.new("RGB", (40, 20), (255, 0, 0)); red.paste((0, 0, 255), (0, 0, 20, 20))
+    exif = Image.Exif(); exif[0x0112] = 6                  # to be turned by 90 degrees clockwise: left becomes top
+    red.save(tmp_path/"a.jpg", exif=exif, quality=95)
+    x = load_image(tmp_path/"a.jpg")
+    assert x.shape == (3, 40, 20) and x[2, 0, 10] > 0.8 and x[0, -1, 10] > 0.8
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path/"b.png"); assert (load_image(tmp_path/"b.png") == 1).all()
+    Image.new("L", (8, 8), 0).save(tmp_path/"c.png"); assert (load_image(tmp_path/"c.png") == -1).all()
+    Image.new("I;16", (8, 8), 65535).save(tmp_path/"d.png"); assert (load_image(tmp_path/"d.png") == 1).all()
+    (tmp_path/"e.png").write_text("no picture")
+    with pytest.raises(UnclipError, match="e.png"): load_image(tmp_path/"e.png")
+    with pytest.raises(UnclipError, match="nowhere"): load_image(tmp_path/"nowhere.png")
+    assert tiny.pictures([tmp_path/"a.jpg", red, torch.zeros(3, 9, 50)]).shape == (3, 3, 32, 32)
+
+def test_an_ar_prior_is_another_way_to_a_picture(model, system, tmp_path):
+    with_ar = model.generate(CAPTIONS, prior="ar", steps=3, seed=5)
+    alone = model.generate(CAPTIONS[2:], prior="ar", steps=3, seed=5)
+    assert torch.allclose(with_ar[2:], alone, atol=1e-3) and not torch.allclose(with_ar, model.generate(CAPTIONS, steps=3, seed=5), atol=1e-2)
+    shutil.copytree(system, tmp_path/"one"); shutil.rmtree(tmp_path/"one"/"ar_prior")
+    one = UnCLIP.from_pretrained(str(tmp_path/"one"), device="cpu")
+    with pytest.raises(UnclipError, match="no ar prior: train one with `unclip train ar_prior`"): one.generate(CAPTIONS, prior="ar", steps=3)
+    config = tmp_path/"other"; shutil.copytree(system, config); file = config/"ar_prior"/"config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"clip_fingerprint": "0123456789ab"}))
+    with pytest.raises(UnclipError, match="ar_prior was trained with CLIP 0123456789ab"): UnCLIP.from_pretrained(str(config))

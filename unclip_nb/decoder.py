@@ -7,13 +7,14 @@ __all__ = ['DecoderConfig', 'TextEncoder', 'EmbeddingStats', 'Decoder']
 
 # %% ../nbs/11_decoder.ipynb #5d68fea4
 from dataclasses import dataclass
+from functools import partial
 import torch
 from einops import rearrange
 from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from .core import Generators, randn, resize
-from .diffusion import Prediction, Schedule, ddim_sample, guided, predict, q_sample, simple_loss
+from .core import Generators, UnclipError, randn, resize
+from .diffusion import Prediction, Schedule, ddim_sample, dpm_sample, guided, predict, q_sample, simple_loss
 from .layers import TimeEmbedding, Transformer
 from .train import Stage
 from .unet import UNet, UNetConfig
@@ -47,7 +48,7 @@ class DecoderConfig:
     clip_fingerprint:str=""            # of the CLIP it was trained with
 
     @classmethod
-    def nano(cls): return cls(image_size=16, channels=32, channel_mult=(1, 2), attention=(8,), text_width=64, text_layers=2, clip_dim=64, target="x0")
+    def nano(cls): return cls(image_size=16, channels=48, channel_mult=(1, 2), attention=(4,), patch=2, text_width=64, text_layers=2, clip_dim=64, target="x0")
     @classmethod
     def tiny(cls): return cls(image_size=32, channels=48, channel_mult=(1, 2), attention=(8,), patch=2, target="x0")
 
@@ -158,9 +159,11 @@ def denoiser(self:Decoder, zi:Float[Tensor, "b d"], tokens:Int[Tensor, "b n"]|No
 @patch
 @torch.no_grad()
 def sample(self:Decoder, zi:Float[Tensor, "b d"], tokens:Int[Tensor, "b n"]|None=None, guidance:float=2.0, steps:int=50,
-           generator:Generators=None, x_T:Tensor|None=None, eta:float=0.0, progress:bool=False) -> Float[Tensor, "b 3 s s"]:
-    "Draw pictures in [-1, 1] for z_i (and captions) with DDIM."
+           generator:Generators=None, x_T:Tensor|None=None, eta:float=0.0, sampler:str="ddim", progress:bool=False) -> Float[Tensor, "b 3 s s"]:
+    "Draw pictures in [-1, 1] for z_i (and captions). `sampler`: ddim, or dpm (DPM-Solver++, fewer steps; eta 0 only). Raises `UnclipError` for others."
+    if sampler not in ("ddim", "dpm"): raise UnclipError(f"unknown sampler {sampler!r} for the decoder: use ddim or dpm")
+    if sampler == "dpm" and eta: raise UnclipError("sampler dpm is deterministic: use ddim for eta above 0")
     s = self.config.image_size
     if x_T is None: x_T = randn((len(zi), 3, s, s), generator, zi.device)
-    x = ddim_sample(self.denoiser(zi, tokens, guidance), x_T, self.schedule, steps, eta=eta, generator=generator, progress=progress)
-    return x.clamp(-1, 1)
+    draw = dpm_sample if sampler == "dpm" else partial(ddim_sample, eta=eta)
+    return draw(self.denoiser(zi, tokens, guidance), x_T, self.schedule, steps, generator=generator, progress=progress).clamp(-1, 1)
