@@ -13,7 +13,7 @@ from typing import Callable, Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from .core import UnclipError, count_parameters, generator, resize
+from .core import UnclipError, generator, resize
 from .data import ShapesData
 from .diffusion_prior import compare_priors, linear_prior, nearest_prior
 from .pipeline import PRIORS, UnCLIP
@@ -171,7 +171,7 @@ def prior_exam(
         began = time.perf_counter()
         found[name] = torch.stack([source(scenes, captions, [generator(seed, name, k, i) for i in range(n)]) for k in range(draws)])
         ms[name] = 1000 * (time.perf_counter() - began) / (n * draws)
-    size = {f"{k} prior": count_parameters(getattr(model, stage)) for k, stage in PRIORS.items() if getattr(model, stage) is not None}
+    size = {f"{k} prior": sum(p.numel() for p in getattr(model, stage).parameters()) for k, stage in PRIORS.items() if getattr(model, stage) is not None}
     size |= {"linear map": zi.shape[1] * (zt.shape[1] + 1), "nearest": 2 * fitted * zi.shape[1]}
     table = compare_priors(found, zi, others[draws:].flatten(0, 1), zt, margins=True)
     return {name: row | {"ms": ms.get(name, 0.0), "parameters": size.get(name, 0)} for name, row in table.items()}
@@ -184,7 +184,7 @@ def prior_table(rows:dict[str, dict[str, float]]) -> str:
     def margin(r, k): return r[k + " ±"]
     lines = [f"{'z_i from':18}" + "".join(f"{title:>16}" for title in PRIOR_COLUMNS.values()) + f"{'ms a sample':>13}{'parameters':>12}"]
     for name, r in rows.items():
-        cells = "".join(f"{f'{r[k]:.3f} ±' + f'{margin(r, k):.3f}':>16}" for k in PRIOR_COLUMNS)
+        cells = "".join(f"{f'{round(r[k], 3) + 0.0:.3f} ±' + f'{margin(r, k):.3f}':>16}" for k in PRIOR_COLUMNS)
         lines.append(f"{name:18}{cells}{r['ms']:13.1f}{r['parameters']:12,}")
     return "\n".join(lines)
 
