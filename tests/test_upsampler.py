@@ -177,8 +177,7 @@ def test_shipped_weights_beat_bicubic_and_crops_equal_whole_pictures():
     truth = pictures(3, net.config.size, 500); low = resize(truth, net.config.low_size)
     whole = net.sample(low, generator=[generator("whole", i) for i in range(3)])
     gain = psnr(whole, truth) - psnr(enlarge(low, 4, "bicubic"), truth)
-    assert gain.mean() > 0
-    assert (gain > 0.5).all()
+    assert (gain > 1).all()
     side = net.config.crop_side
     big, pieces = tiles(enlarge(low), side), tiles(truth, side)
     ask = lambda x_t, t: predict(net.schedule, net.config.target, net.network(x_t, t, big), x_t, t)
