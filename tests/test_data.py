@@ -136,6 +136,18 @@ def test_shapes_rows_do_not_depend_on_the_batch():
     assert d[-1]["caption"] == d.texts([999_999])[0]
     with pytest.raises(IndexError): d[1_000_000]
 
+def test_near_misses_come_in_fours_and_stay_together():
+    from unclip_nb.core import generator
+    from unclip_nb.shapes import near_misses, scene_at
+    fours = ShapesData("train", size=16, near=True)
+    assert [fours.scene(k) for k in (40, 41, 42, 43)] == [scene_at(10), *near_misses(scene_at(10), generator("near", "train", 10))]
+    for world in (1, 2):
+        rows = Batches(fours, 16, seed=3).rows(5, world)
+        assert all(rows[k:k + 4] == list(range(4 * (rows[k] // 4), 4 * (rows[k] // 4) + 4)) for k in range(0, len(rows), 4))
+    assert len({r // 4 for s in range(20) for r in Batches(fours, 16).rows(s)}) == 80          # no group twice
+    texts = fours.texts(range(400))
+    assert all(len({" ".join(w for w in t.split() if w in ("picture", "see", "there", "background")) for t in texts[k:k + 4]}) == 1 for k in range(0, 400, 4))   # worded alike
+
 def test_shapes_captions_tell_the_truth():
     from unclip_nb.shapes import parse_caption, scene_at
     for split in ("train", "valid", "unseen"):

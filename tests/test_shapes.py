@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from unclip_nb.core import UnclipError, generator, to_tensor
 from unclip_nb.shapes import (BACKGROUNDS, COLORS, EIGHT_CAPTIONS, EIGHT_SCENES, EXTENT, RELATIONS, SHAPES, SIZES, UNSEEN, Obj, Request, Scene, caption,
-                              components, coverage, matches, moments, parse_caption, read_scene, relation_of, render, sample_scene, scene_at, signed_distance)
+                              components, coverage, matches, moments, near_misses, parse_caption, read_scene, relation_of, render, sample_scene, scene_at, signed_distance)
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
@@ -71,6 +71,26 @@ def test_sample_scene_takes_a_seed_a_generator_and_a_number():
     with pytest.raises(UnclipError, match="n_objects=3"): sample_scene(0, n_objects=3)
 
 # -- captions
+
+def test_near_misses_differ_from_the_scene_in_one_thing():
+    swapped = 0
+    for i in range(1500):
+        scene = scene_at(i); near = near_misses(scene, generator("near", i))
+        assert near == near_misses(scene, generator("near", i)) and len(near) == 3
+        facts = lambda s: [(o.shape, o.color, o.size) for o in s.objects]
+        changed = [sum(a != b for o, q in zip(facts(scene), facts(n)) for a, b in zip(o, q)) for n in near]
+        for n in near:
+            assert n.background == scene.background and len({(o.color, o.shape) for o in n.objects}) == len(n.objects) == len(scene.objects)
+            assert not {(o.color, o.shape) for o in n.objects} & UNSEEN
+            assert not matches(parse_caption(caption(scene)), n)["all"] and not matches(parse_caption(caption(n)), scene)["all"]
+            for o in n.objects: assert all(EXTENT[o.size] / 2 <= v <= 1 - EXTENT[o.size] / 2 for v in (o.x, o.y))
+        if scene.relation:                                   # mirrored: nothing but the relation; colours: two swapped, or one new
+            assert changed[0] == 0 and near[0].relation == opposite(scene.relation) and near[1].relation == near[2].relation == scene.relation
+            assert changed[1] in (1, 2) and changed[2] == 1; swapped += changed[1] == 2
+        else: assert changed == [1, 1, 1]
+    assert swapped > 400
+
+def opposite(relation): return dict(zip(RELATIONS, (RELATIONS[1], RELATIONS[0], RELATIONS[3], RELATIONS[2])))[relation]
 
 def test_captions_are_parsed_back_whatever_the_wording():
     wordings, left_out = set(), Counter()

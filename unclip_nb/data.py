@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from safetensors import safe_open
 from torch import Tensor
 from .core import UnclipError, generator, seed_for
-from .shapes import caption, render, scene_at
+from .shapes import Scene, caption, near_misses, render, scene_at
 
 # %% ../nbs/02_data.ipynb #0253be8b
 class Tokenizer:
@@ -165,16 +165,21 @@ class ShapesData(Captioned):
         split:str="train", # train, valid, or unseen (shape-colour pairs that training never shows)
         size:int=32,       # side of the pictures in pixels
         full:bool=False,   # captions that leave nothing out
+        near:bool=False,   # rows come in fours: a scene and its three near misses, worded alike
     ):
         if split not in self.lengths: raise UnclipError(f"the shapes have no split {split!r}: use {', '.join(self.lengths)}")
-        self.split, self.size, self.full = split, size, full
+        self.split, self.size, self.full, self.group = split, size, full, 4 if near else 1
 
     def __len__(self) -> int: return self.lengths[self.split]
-    def _caption(self, i, scene): return caption(scene, generator("caption", self.split, i), full=self.full)
+    def scene(self, i:int) -> Scene: # the scene of row i
+        if self.group == 1: return scene_at(i, self.split)
+        scene = scene_at(i // 4, self.split)
+        return (scene, *near_misses(scene, generator("near", self.split, i // 4)))[i % 4]
+    def _caption(self, i, scene): return caption(scene, generator("caption", self.split, i // self.group), full=self.full)
     def images(self, indices:Sequence[int]) -> Float[Tensor, "b 3 size size"]: return self.batch(indices)["image"]
-    def texts(self, indices:Sequence[int]) -> list[str]: return [self._caption(int(i), scene_at(int(i), self.split)) for i in indices]
+    def texts(self, indices:Sequence[int]) -> list[str]: return [self._caption(int(i), self.scene(int(i))) for i in indices]
     def batch(self, indices):
-        scenes = [scene_at(int(i), self.split) for i in indices]    # drawn once, for the picture and for the caption
+        scenes = [self.scene(int(i)) for i in indices]              # drawn once, for the picture and for the caption
         return {"image": render(scenes, self.size), "caption": [self._caption(int(i), s) for i, s in zip(indices, scenes)]}
 
 # %% ../nbs/02_data.ipynb #b726f4d0
@@ -445,8 +450,11 @@ class Batches:
         self._order, self._stream = (None, None), None
 
     def order(self, epoch:int) -> Int[Tensor, "n"]:
-        "The permutation of all rows in `epoch`."
-        if self._order[0] != epoch: self._order = (epoch, torch.randperm(len(self.data), generator=generator("order", self.seed, epoch)))
+        "The permutation of all rows in `epoch`; the rows of a group stay together."
+        if self._order[0] != epoch:
+            g = getattr(self.data, "group", 1)                   # rows that stay together
+            groups = torch.randperm(len(self.data) // g, generator=generator("order", self.seed, epoch))
+            self._order = (epoch, (groups[:, None] * g + torch.arange(g)).flatten())
         return self._order[1]
 
     def row(self, place:int) -> int:

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['SHAPES', 'COLORS', 'BACKGROUNDS', 'SIZES', 'RELATIONS', 'EXTENT', 'UNSEEN', 'SPLITS', 'EIGHT_SCENES',
            'EIGHT_CAPTIONS', 'Obj', 'relation_of', 'Scene', 'sample_scene', 'scene_at', 'signed_distance', 'coverage',
-           'render', 'caption', 'Request', 'parse_caption', 'components', 'unmix', 'moments', 'outline', 'read_scene',
-           'matches']
+           'render', 'caption', 'Request', 'parse_caption', 'scene_for', 'near_misses', 'components', 'unmix',
+           'moments', 'outline', 'read_scene', 'matches']
 
 # %% ../nbs/01_shapes.ipynb #2f009a33
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import permutations
 from typing import Sequence
@@ -214,6 +214,40 @@ def parse_caption(text:str) -> Request:
     if len(objects) == 2 and not rel:
         raise UnclipError(f"caption {text!r} does not relate its two objects: use one of {', '.join(RELATIONS)}")
     return Request(objects, back and back[1], rel[1] if len(objects) == 2 else None)
+
+# %% ../nbs/01_shapes.ipynb #36c81ecf
+def scene_for(
+    request:Request,           # what a caption asks: `parse_caption`
+    generator:torch.Generator,
+) -> Scene:
+    "A random scene that the caption describes: what it leaves open is drawn anew."
+    while True:
+        scene = sample_scene(generator, n_objects=len(request.objects))
+        fits = all(w.size in (None, o.size) for w, o in zip(request.objects, scene.objects))
+        if fits and request.relation in (None, scene.relation):
+            objects = tuple(replace(o, shape=w.shape, color=w.color) for w, o in zip(request.objects, scene.objects))
+            return Scene(objects, request.background or scene.background)
+
+# %% ../nbs/01_shapes.ipynb #95efecdc
+def near_misses(
+    scene:Scene,
+    generator:torch.Generator, # chooses what to change to
+) -> tuple[Scene, Scene, Scene]:
+    "Three scenes that differ from `scene` in one thing: mirrored (one object: the other size), colours swapped (or one changed), a shape changed. None holds an unseen pair."
+    u, objects, taken = torch.rand(3, generator=generator).tolist(), scene.objects, {(o.color, o.shape) for o in scene.objects}
+    def change(k, v, fixed):   # object k in another colour or shape, `fixed` staying as it is
+        pair = _pick([(c, s) for c, s in _SEEN_PAIRS if (c, s) not in taken and getattr(objects[k], fixed) in (c, s)], v)
+        return replace(scene, objects=(*objects[:k], replace(objects[k], color=pair[0], shape=pair[1]), *objects[k + 1:]))
+    k, colored = int(u[0] * len(objects)), change(0, u[1], "shape")
+    if len(objects) == 1:
+        size = SIZES[1 - SIZES.index(objects[0].size)]; h = EXTENT[size] / 2 + _MARGIN
+        moved = replace(objects[0], size=size, **{c: min(max(getattr(objects[0], c), h), 1 - h) for c in "xy"})
+        return replace(scene, objects=(moved,)), colored, change(k, u[2], "color")
+    axis, (a, b) = "x" if scene.relation in RELATIONS[:2] else "y", objects
+    mirrored = replace(scene, objects=tuple(replace(o, **{axis: 1 - getattr(o, axis)}) for o in objects))
+    swapped = (replace(a, color=b.color), replace(b, color=a.color))
+    if a.color != b.color and a.shape != b.shape and not {(o.color, o.shape) for o in swapped} & UNSEEN: colored = replace(scene, objects=swapped)
+    return mirrored, colored, change(k, u[2], "color")
 
 # %% ../nbs/01_shapes.ipynb #406cc1e2
 EIGHT_SCENES = (
