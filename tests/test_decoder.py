@@ -109,3 +109,70 @@ def test_larger_pictures_are_made_small_first(batch):
     m = Decoder(CFG)
     big = torch.nn.functional.interpolate(batch["image"], 64, mode="nearest")
     assert torch.allclose(m.loss(batch, generator(0)), m.loss(batch | dict(image=big), generator(0)), atol=1e-5)
+
+def test_no_zi_is_the_hidden_one(decoder, batch):
+    x, t, tok = randn((6, 3, 16, 16), generator(0)), torch.full((6,), 300), batch["tokens"]
+    vector, context = decoder.condition(batch["zi"], tok, torch.zeros(6, dtype=torch.bool))
+    assert torch.allclose(decoder.denoiser(None, tok)(x, t).x0, decoder.prediction(decoder.network(x, t, vector, context), x, t).x0, atol=1e-5)
+    null = decoder.denoiser(None, tok, 0.0)(x, t).eps
+    assert torch.allclose(null, decoder.denoiser(batch["zi"], tok, 0.0)(x, t).eps, atol=1e-5)      # the null branch is the same with and without z_i
+    assert decoder.sample(None, tok, steps=2, generator=generator(0)).shape == (6, 3, 16, 16)
+
+@pytest.fixture
+def unsure(batch):
+    torch.manual_seed(0)
+    m = Decoder(replace(CFG, learned_variance=True, target="eps")).eval()
+    with torch.no_grad():
+        for p in m.parameters():
+            if p.abs().sum() == 0: p.normal_(0, 0.1)
+    return m
+
+def test_learned_variance_equals_diffusers(unsure, batch):
+    "One ancestral step from the six channels, against diffusers' scheduler with variance_type learned_range."
+    from diffusers import DDPMScheduler
+    from unclip_nb.diffusion import Prediction, ddpm_sample
+    x, z, tok = randn((6, 3, 16, 16), generator(0)), batch["zi"], batch["tokens"]
+    theirs = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2", variance_type="learned_range", prediction_type="epsilon", clip_sample=True)
+    t = torch.full((6,), 400)
+    with torch.no_grad():
+        out = unsure.network(x, t, *unsure.condition(z, tok))
+        p = unsure.denoiser(z, tok)(x, t)
+    assert out.shape[1] == 6 and p.mix.shape == x.shape and p.mix.std() > 0
+    from unclip_nb.diffusion import split_variance
+    assert torch.equal(p.mix, split_variance(out)[1])
+    ours = unsure.schedule
+    logvar = p.mix * ours.gather("log_large", t, x) + (1 - p.mix) * ours.gather("log_small", t, x)
+    want = theirs._get_variance(400, predicted_variance=out[:, 3:])           # diffusers returns its logarithm for learned_range
+    assert torch.allclose(logvar, want, atol=1e-4)
+
+def test_only_the_mean_is_guided(unsure, batch):
+    x, t = randn((6, 3, 16, 16), generator(0)), torch.full((6,), 300)
+    plain, strong = (unsure.denoiser(batch["zi"], batch["tokens"], s)(x, t) for s in (1.0, 3.0))
+    assert torch.allclose(plain.mix, strong.mix, atol=1e-5) and (plain.x0 - strong.x0).abs().max() > 1e-2
+
+def test_the_bound_teaches_the_variance_alone(unsure, batch):
+    "L_vlb's gradient reaches the three extra channels, never the three of the mean (paper 4: the mean is detached)."
+    head = unsure.unet.out
+    unsure.loss(batch, generator(2)).backward()
+    extra, mean = head.weight.grad[3:].abs().sum(), head.weight.grad[:3].clone()
+    assert extra > 0
+    plain = Decoder(replace(CFG, target="eps"))
+    state = unsure.state_dict()
+    plain.load_state_dict({k: v[:3] if k in ("unet.out.weight", "unet.out.bias") else v for k, v in state.items()})
+    plain.eval(); plain.loss(batch, generator(2)).backward()
+    assert torch.allclose(plain.unet.out.weight.grad, mean, atol=1e-5)
+
+def test_ddpm_uses_the_learned_variance_and_samplers_are_named(unsure, batch):
+    from unclip_nb.core import UnclipError
+    z, tok = batch["zi"][:2], batch["tokens"][:2]
+    draw = lambda **kw: unsure.sample(z, tok, guidance=1.0, steps=3, generator=[generator(1), generator(2)], **kw)
+    first = draw(sampler="ddpm")
+    with torch.no_grad(): unsure.unet.out.bias[3:] += 2
+    assert (draw(sampler="ddpm") - first).abs().max() > 1e-3
+    for bad, word in ((dict(sampler="euler"), "ddim, ddpm or dpm"), (dict(sampler="dpm", eta=0.5), "deterministic"), (dict(sampler="ddpm", eta=0.5), "its own noise")):
+        with pytest.raises(UnclipError, match=word): draw(**bad)
+
+def test_sizes_of_the_paper():
+    from unclip_nb.core import count_parameters
+    with torch.device("meta"): n = count_parameters(Decoder(DecoderConfig.paper()))
+    assert abs(n / 3.5e9 - 1) < 0.05                               # Table 3: 3.5B

@@ -1,8 +1,12 @@
 "The U-Net against diffusers' blocks, the paper's sizes, and its own promises."
+import os, shutil, subprocess, sys
+from pathlib import Path
 import pytest, torch
 from torch import nn
 from unclip_nb.core import UnclipError, count_parameters
-from unclip_nb.unet import AttentionBlock, ResBlock, UNet, UNetConfig, norm, zero
+from unclip_nb.decoder import Decoder, DecoderConfig
+from unclip_nb.train import TrainConfig, fit, read_log
+from unclip_nb.unet import AttentionBlock, ResBlock, UNet, UNetConfig, forward_cost, norm, zero
 
 resnet = pytest.importorskip("diffusers.models.resnet")
 attention = pytest.importorskip("diffusers.models.attention_processor")
@@ -134,3 +138,141 @@ def test_groups_divide():
 
 def test_bad_configs_are_named():
     with pytest.raises(UnclipError, match="heads of 24"): small(head_channels=24)
+
+# -- flags that may change the time and the memory, and nothing else ---------------------------------------------------------
+def gradients(net, args, **autocast):
+    "Loss and all gradients of a U-Net in training, from the same random state."
+    torch.manual_seed(3)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bool(autocast)): loss = net.train()(*args).square().mean()
+    loss.backward()
+    return loss.detach().float(), torch.cat([p.grad.flatten() for p in net.parameters()])
+
+def same(a, b, tolerance):
+    (la, ga), (lb, gb) = a, b
+    assert abs(la - lb) <= tolerance * abs(lb) and (ga - gb).norm() <= tolerance * gb.norm()
+
+@pytest.mark.parametrize("kw", [dict(), dict(dropout=0.4), dict(attention=(), context_width=0, patch=2, dropout=0.1)])
+def test_checkpointing_changes_neither_loss_nor_gradients(kw):
+    args = inputs() if kw.get("context_width", 1) else inputs()[:2]
+    plain, again = gradients(small(**kw), args), gradients(small(checkpoint=True, **kw), args)
+    same(again, plain, 1e-6)
+    assert plain[1].norm() > 0 and not torch.equal(plain[1], gradients(small(**kw | dict(dropout=0.2)), args)[1])   # dropout matters here
+
+def test_checkpointing_runs_each_step_twice_in_training_and_once_without_gradients():
+    net, args, calls = small(checkpoint=True), inputs(), []
+    for s in (*net.down, *net.middle, *net.up): s.register_forward_pre_hook(lambda *_: calls.append(1))
+    n = len(net.down) + len(net.middle) + len(net.up)
+    out = net(*args); assert len(calls) == n
+    out.sum().backward(); assert len(calls) == 2 * n
+    with torch.no_grad(): net(*args)
+    assert len(calls) == 3 * n
+
+def test_checkpointing_reaches_what_came_before_and_frozen_parameters_stay_frozen():
+    net, (x, emb, context) = small(checkpoint=True), inputs()
+    for v in (x, emb, context): v.requires_grad_()
+    net.stem.requires_grad_(False)
+    net(x, emb, context).sum().backward()
+    assert all(v.grad.abs().max() > 0 for v in (x, emb, context)) and net.stem.weight.grad is None
+
+def test_channels_last_and_bf16_give_the_same_gradients():
+    args = inputs(); plain = gradients(small(), args)
+    x, *rest = args
+    same(gradients(small().to(memory_format=torch.channels_last), (x.to(memory_format=torch.channels_last), *rest)), plain, 1e-5)
+    same(gradients(small(), args, bf16=True), plain, 0.03)
+    same(gradients(small(checkpoint=True), args, bf16=True), gradients(small(), args, bf16=True), 1e-6)     # autocast is wound back too
+
+COMPILED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_unet import gradients, inputs, same, small
+for kw in (dict(), dict(checkpoint=True)):
+    net = small(channel_mult=(1,), attention=(16,), **kw); net.compile(backend=sys.argv[2])
+    same(gradients(net, inputs()), gradients(small(channel_mult=(1,), attention=(16,)), inputs()), 1e-5)
+"""
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])         # the same graphs, run operation by operation or as kernels
+def test_compiled_gives_the_same_gradients(backend):
+    if backend == "inductor" and not (os.environ.get("UNCLIP_INDUCTOR") and shutil.which("g++")):
+        pytest.skip("compiling kernels takes minutes and g++: set UNCLIP_INDUCTOR=1")
+    done = subprocess.run([sys.executable, "-c", COMPILED, str(Path(__file__).parent), backend], capture_output=True, text=True, timeout=1800)  # without the checks of shapes
+    assert done.returncode == 0, done.stderr[-2000:]
+
+# -- what a pass costs -------------------------------------------------------------------------------------------------------
+def conv_flops(net, side):
+    "By hand: 2 · k² · (channels in) · (channels out) · places of every convolution, and 2 · in · out of every linear layer."
+    total, sides = 0, {}
+    def note(m, args, out): sides[m] = out.shape[-1]
+    handles = [m.register_forward_hook(note) for m in net.modules() if isinstance(m, nn.Conv2d)]
+    net(torch.zeros(1, 3, side, side), torch.zeros(1, net.config.emb_width))
+    for h in handles: h.remove()
+    for m in net.modules():
+        if isinstance(m, nn.Conv2d): total += 2 * m.weight.numel() * sides[m] ** 2
+        if isinstance(m, nn.Linear): total += 2 * m.weight.numel()
+    return total
+
+def test_flops_are_those_counted_by_hand_and_meta_counts_what_happens():
+    net = small(attention=(), context_width=0); x, emb, _ = inputs(b=1)
+    here = forward_cost(net, lambda: net(x, emb))
+    assert here.flops == conv_flops(net, 16)
+    net.to("meta"); x, emb = x.to("meta"), emb.to("meta")
+    assert forward_cost(net, lambda: net(x, emb)) == here and len(here.steps) == 10 and 0 < sum(here.steps) < here.kept
+    two = forward_cost(net, lambda: net(torch.cat([x, x]), torch.cat([emb, emb])))
+    assert two.flops == 2 * here.flops and abs(two.kept / here.kept - 2) < 0.01
+
+def test_attention_is_counted_as_one_kernel():
+    block = AttentionBlock(64, 16).to("meta"); x = torch.empty(1, 64, 32, 32, device="meta")
+    cost, n = forward_cost(block, lambda: block(x)), 32 ** 2
+    assert cost.flops == 2 * n * 64 * 64 * 4 + 2 * 2 * n * n * 64          # qkv and out; q·k and weights·v
+    assert cost.kept < 4 * 10 * n * 64                                      # not a table of n x n for 4 heads, which alone has 4 · 4 · n²
+
+def test_checkpointing_keeps_less():
+    with torch.device("meta"): net = UNet(UNetConfig(64, channels=64, res_blocks=2)); args = torch.empty(1, 3, 64, 64), torch.empty(1, 256)
+    plain = forward_cost(net, lambda: net(*args)); net.config.checkpoint = True
+    less = forward_cost(net, lambda: net(*args))
+    assert less.kept + max(plain.steps) < 0.3 * plain.kept and less.flops == plain.flops
+
+def test_bf16_keeps_what_autocast_keeps():
+    line = nn.Linear(8, 4, device="meta"); x = torch.empty(16, 8, device="meta")
+    assert (forward_cost(line, lambda: line(x)).kept, forward_cost(line, lambda: line(x), bf16=True).kept) == (16 * 8 * 4, 16 * 8 * 2)   # no copy of the weight
+    group = nn.GroupNorm(2, 8, device="meta"); x = torch.empty(2, 8, 4, 4, device="meta", dtype=torch.bfloat16)
+    assert forward_cost(group, lambda: group(x), bf16=True).kept >= 2 * 8 * 16 * 4                          # four bytes: norms stay in float32
+    with torch.device("meta"): net = UNet(UNetConfig(64, channels=64, res_blocks=2)); args = torch.empty(1, 3, 64, 64), torch.empty(1, 256)
+    a, b = (forward_cost(net, lambda: net(*args), bf16) for bf16 in (False, True))
+    assert 0.5 * a.kept < b.kept < a.kept and a.flops == b.flops
+
+# -- the same flags where users set them: in TrainConfig ----------------------------------------------------------------------
+class Rows:
+    batch_size = 4
+    def at(self, step, rank=0, world=1):
+        g = torch.Generator().manual_seed(step)
+        return dict(image=torch.randn(4, 3, 16, 16, generator=g).clamp(-1, 1), zi=torch.randn(4, 8, generator=g), tokens=torch.randint(1, 32, (4, 6), generator=g))
+
+def curve(out, checkpoint=False, **flags):
+    "Losses and gradient norms of a few steps of a small decoder. Without dropout: its mask is drawn in the order of memory, so channels_last draws another."
+    torch.manual_seed(0)
+    model = Decoder(DecoderConfig(image_size=16, channels=16, channel_mult=(1, 2), res_blocks=1, attention=(8,), head_channels=16, text_width=16, text_layers=1,
+                                  text_heads=2, context_length=6, vocab_size=32, clip_dim=8, whiten=False, checkpoint=checkpoint))
+    fit(model, Rows(), TrainConfig(steps=3, batch_size=4, warmup=1, log_every=1, **flags), out, device="cpu", progress=False)
+    return torch.tensor([(r["loss"], r["grad_norm"]) for r in read_log(out)])
+
+@pytest.fixture(scope="module")
+def plain_curve(tmp_path_factory): return curve(tmp_path_factory.mktemp("plain"))
+
+@pytest.mark.parametrize("flags, tolerance", [(dict(checkpoint=True), 1e-5), (dict(channels_last=True), 1e-4), (dict(precision="bf16"), 0.02)], ids=["checkpoint", "channels_last", "bf16"])
+def test_flags_of_a_training_run_give_the_same_losses(flags, tolerance, plain_curve, tmp_path):
+    got = curve(tmp_path, **flags)
+    torch.testing.assert_close(got, plain_curve, rtol=tolerance, atol=0)
+    if "precision" in flags: assert not torch.equal(got, plain_curve)
+
+RUN = """
+import sys, torch
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_unet import curve
+torch.testing.assert_close(curve(Path(sys.argv[2])/"compiled", compile=True), curve(Path(sys.argv[2])/"plain"), rtol=1e-4, atol=0)
+"""
+
+@pytest.mark.skipif(not (os.environ.get("UNCLIP_INDUCTOR") and shutil.which("g++")), reason="compiling kernels takes minutes and g++: set UNCLIP_INDUCTOR=1")
+def test_a_compiled_training_run_gives_the_same_losses(tmp_path):
+    done = subprocess.run([sys.executable, "-c", RUN, str(Path(__file__).parent), str(tmp_path)], capture_output=True, text=True, timeout=3600)
+    assert done.returncode == 0, done.stderr[-2000:]

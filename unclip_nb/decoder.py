@@ -14,7 +14,8 @@ from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from .core import Generators, UnclipError, randn, resize
-from .diffusion import Prediction, Schedule, ddim_sample, dpm_sample, guided, predict, q_sample, simple_loss
+from .diffusion import (Prediction, Schedule, ddim_sample, ddpm_sample, dpm_sample, guided, hybrid_loss, predict, q_sample,
+    simple_loss, split_variance)
 from .layers import TimeEmbedding, Transformer
 from .train import Stage
 from .unet import UNet, UNetConfig
@@ -43,14 +44,22 @@ class DecoderConfig:
     drop_text:float=0.5                # share without their caption
     target:str="v"                     # what the network predicts: eps, x0 or v
     weighting:str="none"               # of the loss over t: none or min_snr
+    learned_variance:bool=False        # half of the output says how sure the network is (Improved DDPM)
     schedule:str="cosine"
     T:int=1000
+    checkpoint:bool=False              # recompute activations in the backward pass: a third more work, a fraction of the memory
     clip_fingerprint:str=""            # of the CLIP it was trained with
 
     @classmethod
     def nano(cls): return cls(image_size=16, channels=48, channel_mult=(1, 2), attention=(4,), patch=2, text_width=64, text_layers=2, clip_dim=64, target="x0")
     @classmethod
-    def tiny(cls): return cls(image_size=32, channels=48, channel_mult=(1, 2), attention=(8,), patch=2, target="x0")
+    def tiny(cls): return cls(image_size=32, channels=48, channel_mult=(1, 2), attention=(8,), patch=2, target="x0", learned_variance=True)
+    @classmethod
+    def small(cls): return cls(image_size=64, channels=192, channel_mult=(1, 2, 3, 4), res_blocks=3, attention=(32, 16, 8), head_channels=64, dropout=0.1,
+        text_width=512, text_layers=8, text_heads=8, context_length=77, vocab_size=49408, clip_dim=768, target="v", learned_variance=True)
+    @classmethod
+    def paper(cls): return cls(image_size=64, channels=512, channel_mult=(1, 2, 3, 4), res_blocks=3, attention=(32, 16, 8), head_channels=64, dropout=0.1,
+        text_width=2048, text_layers=24, text_heads=32, context_length=256, vocab_size=49408, clip_dim=1024, whiten=False, target="eps", learned_variance=True)
 
 # %% ../nbs/11_decoder.ipynb #803d7a19
 class TextEncoder(nn.Module):
@@ -94,8 +103,9 @@ class Decoder(Stage):
         super().__init__()
         c = self.config = config
         self.schedule = Schedule(c.schedule, c.T)
-        self.unet = UNet(UNetConfig(image_size=c.image_size, channels=c.channels, channel_mult=c.channel_mult, res_blocks=c.res_blocks,
-            attention=c.attention, head_channels=c.head_channels, context_width=c.text_width, dropout=c.dropout, patch=c.patch))
+        self.unet = UNet(UNetConfig(image_size=c.image_size, out_channels=6 if c.learned_variance else 3, channels=c.channels,
+            channel_mult=c.channel_mult, res_blocks=c.res_blocks, attention=c.attention, head_channels=c.head_channels,
+            context_width=c.text_width, dropout=c.dropout, patch=c.patch, checkpoint=c.checkpoint))
         width = 4 * c.channels
         self.time = TimeEmbedding(c.channels, width)
         self.text = TextEncoder(c.vocab_size, c.context_length, c.text_width, c.text_layers, c.text_heads)
@@ -126,6 +136,13 @@ def network(self:Decoder, x_t, t, vector, context):
     return self.unet(x_t, self.time(t) + vector, context)
 
 @patch
+def prediction(self:Decoder, out, x_t, t) -> Prediction:
+    "The raw answer as a `Prediction`, with its variance where that is learned."
+    if not self.config.learned_variance: return predict(self.schedule, self.config.target, out, x_t, t)
+    answer, mix = split_variance(out)
+    return predict(self.schedule, self.config.target, answer, x_t, t)._replace(mix=mix.to(x_t.dtype))
+
+@patch
 def loss(self:Decoder, batch:dict, generator:torch.Generator) -> Tensor:
     "Denoising loss of a batch with `image`, `zi` and `tokens`; z_i and caption are hidden as often as the config says."
     c, x0, tokens = self.config, resize(batch["image"], self.config.image_size), batch["tokens"]
@@ -136,34 +153,36 @@ def loss(self:Decoder, batch:dict, generator:torch.Generator) -> Tensor:
     keep_zi, keep_text = (torch.rand(2, b, generator=generator) >= hide).to(device)
     vector, context = self.condition(batch["zi"], tokens * keep_text[:, None], keep_zi)
     out = self.network(q_sample(self.schedule, x0, t, noise), t, vector, context)
-    return simple_loss(self.schedule, c.target, out, x0, noise, t, weighting=c.weighting)
+    return (hybrid_loss if c.learned_variance else simple_loss)(self.schedule, c.target, out, x0, noise, t, weighting=c.weighting)
 
 # %% ../nbs/11_decoder.ipynb #83541685
 @patch
-def denoiser(self:Decoder, zi:Float[Tensor, "b d"], tokens:Int[Tensor, "b n"]|None=None, guidance:float=1.0):
-    "A function (x_t, t) -> Prediction with z_i, caption (None: empty) and guidance inside; conditions are encoded once."
-    b, c = len(zi), self.config
+def denoiser(self:Decoder, zi:Float[Tensor, "b d"]|None, tokens:Int[Tensor, "b n"]|None=None, guidance:float=1.0):
+    "A function (x_t, t) -> Prediction with z_i (None: hidden), caption (None: hidden) and guidance inside; conditions are encoded once."
+    c, known = self.config, zi is not None
+    if not known: zi = self.null_zi.new_zeros(len(tokens), c.clip_dim)
+    b = len(zi)
     tokens = zi.new_zeros(b, c.context_length, dtype=torch.long) if tokens is None else tokens.to(zi.device)
-    keep = torch.ones(b, dtype=torch.bool, device=zi.device)
-    if guidance != 1: zi, tokens, keep = torch.cat([zi, zi]), torch.cat([tokens, tokens * 0]), torch.cat([keep, ~keep])
+    keep = torch.full((b,), known, device=zi.device)
+    if guidance != 1: zi, tokens, keep = torch.cat([zi, zi]), torch.cat([tokens, tokens * 0]), torch.cat([keep, keep & False])
     vector, context = self.condition(zi, tokens, keep)
     context = self.unet.encode_context(context)
     def denoise(x_t, t):
-        if guidance == 1: return predict(self.schedule, c.target, self.network(x_t, t, vector, context), x_t, t)
+        if guidance == 1: return self.prediction(self.network(x_t, t, vector, context), x_t, t)
         out = self.network(torch.cat([x_t, x_t]), torch.cat([t, t]), vector, context)
-        cond, null = (predict(self.schedule, c.target, o, x_t, t) for o in out.chunk(2))
+        cond, null = (self.prediction(o, x_t, t) for o in out.chunk(2))
         return guided(cond, null, guidance)
     return denoise
 
 # %% ../nbs/11_decoder.ipynb #4af29fb9
 @patch
 @torch.no_grad()
-def sample(self:Decoder, zi:Float[Tensor, "b d"], tokens:Int[Tensor, "b n"]|None=None, guidance:float=2.0, steps:int=50,
+def sample(self:Decoder, zi:Float[Tensor, "b d"]|None, tokens:Int[Tensor, "b n"]|None=None, guidance:float=2.0, steps:int=50,
            generator:Generators=None, x_T:Tensor|None=None, eta:float=0.0, sampler:str="ddim", progress:bool=False) -> Float[Tensor, "b 3 s s"]:
-    "Draw pictures in [-1, 1] for z_i (and captions). `sampler`: ddim, or dpm (DPM-Solver++, fewer steps; eta 0 only). Raises `UnclipError` for others."
-    if sampler not in ("ddim", "dpm"): raise UnclipError(f"unknown sampler {sampler!r} for the decoder: use ddim or dpm")
-    if sampler == "dpm" and eta: raise UnclipError("sampler dpm is deterministic: use ddim for eta above 0")
-    s = self.config.image_size
-    if x_T is None: x_T = randn((len(zi), 3, s, s), generator, zi.device)
-    draw = dpm_sample if sampler == "dpm" else partial(ddim_sample, eta=eta)
+    "Draw pictures in [-1, 1] for z_i, captions, or both. `sampler`: ddim, ddpm (the paper's, with the learned variance) or dpm (DPM-Solver++, fewer steps). Raises `UnclipError` for others."
+    if sampler not in ("ddim", "ddpm", "dpm"): raise UnclipError(f"unknown sampler {sampler!r} for the decoder: use ddim, ddpm or dpm")
+    if sampler != "ddim" and eta: raise UnclipError(f"eta is a setting of ddim: {'dpm is deterministic' if sampler == 'dpm' else 'ddpm has its own noise'}")
+    n, s = len(tokens if zi is None else zi), self.config.image_size
+    if x_T is None: x_T = randn((n, 3, s, s), generator, self.null_zi.device)
+    draw = {"ddim": partial(ddim_sample, eta=eta), "ddpm": ddpm_sample, "dpm": dpm_sample}[sampler]
     return draw(self.denoiser(zi, tokens, guidance), x_T, self.schedule, steps, generator=generator, progress=progress).clamp(-1, 1)
