@@ -3,12 +3,13 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from unclip_nb.core import UnclipError, count_parameters, generator, randn, resize
+from unclip_nb.degradations import bsr_degrade
 from unclip_nb.diffusion import ddim_sample, predict, q_sample, target
 from unclip_nb.shapes import render, scene_at
 from unclip_nb.unet import UNet
-from unclip_nb.upsampler import Upsampler, UpsamplerConfig, crops, enlarge, psnr
+from unclip_nb.upsampler import Upsampler, Upsampler2, Upsampler2Config, UpsamplerConfig, crops, enlarge, psnr, sharpness, ssim
 
-WEIGHTS = Path(__file__).parent.parent / "data" / "tiny" / "upsampler1"
+WEIGHTS, WEIGHTS2 = (Path(__file__).parent.parent / "data" / "tiny" / k for k in ("upsampler1", "upsampler2"))
 
 def little(**kw): return UpsamplerConfig(**(dict(low_size=8, channels=16, channel_mult=(1, 2), res_blocks=1, patch=4, crop=0.5) | kw))
 
@@ -29,6 +30,26 @@ def test_psnr_is_the_textbook_one():
     got = psnr(*(torch.tensor(x).float() / 127.5 - 1 for x in (a, b)))
     np.testing.assert_allclose(got.numpy(), want, rtol=1e-5)
     assert psnr(torch.full((1, 3, 2, 2), 9.), torch.ones(1, 3, 2, 2)).item() > 100     # clipped first
+
+def test_ssim_is_the_papers():
+    "Against SciPy's own Gaussian windows (sigma 1.5, 11 wide), the arithmetic of scikit-image's structural_similarity(gaussian_weights=True, use_sample_covariance=False)."
+    from scipy.ndimage import gaussian_filter
+    a = torch.randn(2, 3, 20, 31, generator=generator("a")).clamp(-1.2, 1.2); b = a + 0.3 * torch.randn(a.shape, generator=generator("b"))
+    def want(x, y):
+        f = lambda v: gaussian_filter(v, 1.5, truncate=3.5)
+        x, y = ((np.float64(v).clip(-1, 1) + 1) / 2 for v in (x, y))
+        mx, my = f(x), f(y); vx, vy, c = f(x * x) - mx ** 2, f(y * y) - my ** 2, f(x * y) - mx * my
+        return ((2 * mx * my + .01 ** 2) * (2 * c + .03 ** 2) / ((mx ** 2 + my ** 2 + .01 ** 2) * (vx + vy + .03 ** 2)))[5:-5, 5:-5].mean()
+    np.testing.assert_allclose(ssim(a, b).numpy(), [np.mean([want(x, y) for x, y in zip(p, q)]) for p, q in zip(a, b)], rtol=1e-5)
+    assert ssim(a, a).tolist() == pytest.approx([1, 1]) and torch.equal(ssim(a, b), ssim(b, a))
+
+def test_sharpness_is_the_laplacians_variance():
+    from scipy.ndimage import gaussian_filter, laplace
+    x = pictures(3, 64)
+    want = [laplace(p.double().mean(0).numpy())[1:-1, 1:-1].var() for p in x]
+    np.testing.assert_allclose(sharpness(x).numpy(), want, rtol=1e-5)
+    soft = torch.tensor(gaussian_filter(x.numpy(), (0, 0, 1, 1)))
+    assert (sharpness(soft) < 0.5 * sharpness(x)).all()
 
 @pytest.mark.parametrize("mode,how", [("nearest", Image.NEAREST), ("bilinear", Image.BILINEAR)])
 def test_enlarge_equals_pil(mode, how):
@@ -87,6 +108,23 @@ def test_blur_happens_to_its_share_only(monkeypatch):
         share.append((seen["big"] - enlarge(resize(x0, 8))).flatten(1).abs().amax(1).gt(1e-5).double().mean().item())
     assert share[0] == 0 and 0.35 < share[1] < 0.65 and share[2] == 1
 
+@pytest.mark.parametrize("kind", ["bsr", "bsr_light"])
+def test_bsr_spoils_its_share_of_the_crops(kind):
+    x0 = pictures(30)
+    for p, least, most in ((0., 0, 0), (0.5, 0.3, 0.7), (1., 1, 1)):
+        real, given = model(degradation=kind, bsr_p=p, crops=2).pairs(x0, generator("bsr"))
+        assert real.shape == given.shape == (60, 3, 16, 16)
+        hurt = (given - enlarge(resize(real, 4))).flatten(1).abs().amax(1) > 1e-4
+        assert least <= hurt.double().mean() <= most
+    real, given = model(degradation=kind, crop=1.0).pairs(x0[:3], g := generator("order"))
+    again = generator("order"); crops(x0[:3], 32, 1, 4, again)
+    assert torch.equal(real, x0[:3]) and torch.equal(given, enlarge(bsr_degrade(x0[:3], again, 4, "light" if "light" in kind else "full")))
+
+def test_none_leaves_small_pictures_alone():
+    real, given = model(degradation="none", crop=1.0).pairs(pictures(40), generator(0))
+    assert torch.equal(given, enlarge(resize(real, 8)))
+    with pytest.raises(UnclipError, match="unknown degradation 'jpeg': use none, blur, bsr, bsr_light"): little(degradation="jpeg")
+
 def test_loss_is_a_function_of_its_generator_and_takes_any_size():
     net, x0 = model(), pictures(4)
     assert torch.equal(net.loss({"image": x0}, generator(3)), net.loss({"image": x0}, generator(3)))
@@ -117,11 +155,24 @@ def test_any_size_that_the_stride_divides(h, w):
     assert out.shape == (1, 3, 4 * h, 4 * w) and out.abs().max() <= 1 and not out.requires_grad
     with pytest.raises(UnclipError, match="multiples of 8"): model().sample(torch.zeros(1, 3, 8, 7), 2, generator(0))
 
-def test_default_steps_are_the_papers(monkeypatch):
-    net, asked = model(), []
+@pytest.mark.parametrize("cls,config,steps", [(Upsampler, UpsamplerConfig, 27), (Upsampler2, Upsampler2Config, 15)])
+def test_default_steps_are_the_papers(cls, config, steps, monkeypatch):
+    net, asked = cls(config(low_size=8, channels=16, channel_mult=(1,), res_blocks=1, patch=4, crop=0.5)), []
     monkeypatch.setattr(net, "network", lambda x_t, t, big: asked.append(t[0].item()) or torch.zeros_like(x_t))
     net.sample(torch.zeros(1, 3, 8, 8), generator=generator(0))
-    assert len(asked) == 27 and asked[0] == 999 and asked == sorted(asked, reverse=True)
+    assert len(asked) == steps and asked[0] == 999 and asked == sorted(asked, reverse=True)
+
+@pytest.mark.parametrize("many", [True, False])
+def test_a_few_at_a_time_are_all_at_once(many, monkeypatch):
+    net, low, rows = model(), resize(pictures(5), 8), []
+    give = lambda: [generator("few", i) for i in range(5)] if many else generator("few")
+    eta = float(many)                                                  # fresh noise in every step: from the row's own generator
+    whole, network = net.sample(low, 3, give(), eta), net.network
+    monkeypatch.setattr(net, "network", lambda x_t, t, big: rows.append(len(x_t)) or network(x_t, t, big))
+    few = net.sample(low, 3, give(), eta, pixels=2 * 32 * 32)
+    torch.testing.assert_close(few, whole, rtol=1e-4, atol=1e-4)
+    assert set(rows) == {2, 1} and len(rows) == 9
+    assert len(net.sample(low[:2], 1, give()[:2] if many else give(), pixels=1)) == 2       # never less than one picture
 
 @pytest.mark.parametrize("kind", ["x0", "v"])
 def test_a_fresh_residual_network_answers_the_enlarged_picture(kind):
@@ -150,6 +201,17 @@ def test_presets():
     assert UpsamplerConfig.paper().crop == UpsamplerConfig.tiny().crop == 0.25 and UpsamplerConfig.paper().unet.attention == ()
     for k in ("nano", "tiny"): Upsampler(getattr(UpsamplerConfig, k)())                     # their crops fit
 
+def test_presets_of_the_second_stage():
+    "Table 3: 192 channels, depth 2, multiples 1,1,2,2,4,4, linear, 15 steps. We count 0.281 billion, the table says 300M."
+    with torch.device("meta"):
+        counts = {k: count_parameters(Upsampler2(getattr(Upsampler2Config, k)())) for k in ("nano", "tiny", "small", "paper")}
+    assert counts["paper"] / 1e9 == pytest.approx(0.2821, rel=1e-3) and counts["tiny"] <= 1.5e6 and counts["nano"] < counts["tiny"] < counts["small"]
+    for k in counts:
+        first, second = getattr(UpsamplerConfig, k)(), getattr(Upsampler2Config, k)()
+        assert second.low_size == first.size and (first.schedule, second.schedule) == ("cosine", "linear") and (first.steps, second.steps) == (27, 15)
+        assert first.degradation == "blur" and second.degradation.startswith("bsr") and second.unet.attention == ()
+    assert Upsampler2Config.paper().crop == Upsampler2Config.tiny().crop == 0.25 and Upsampler2Config.paper().size == 1024 and Upsampler2Config.tiny().size == 512
+
 @pytest.mark.parametrize("crop", [0.1, 0.3, 0., 2.])
 def test_a_crop_that_does_not_fit_is_named(crop):
     with pytest.raises(UnclipError, match="multiple of the U-Net's stride"): Upsampler(little(crop=crop))
@@ -159,6 +221,17 @@ def test_saves_and_loads(tmp_path):
     again, low = Upsampler.from_pretrained(tmp_path / "up"), resize(pictures(1), 8)
     assert again.config == net.config
     assert torch.equal(again.sample(low, 3, generator(0)), net.sample(low, 3, generator(0)))
+
+def test_the_second_stage_is_saved_under_its_own_config(tmp_path):
+    net = Upsampler2(Upsampler2Config(low_size=8, channels=16, channel_mult=(1,), res_blocks=1, patch=4, crop=0.5, bsr_p=0.25))
+    net.save_pretrained(tmp_path / "up2"); again = Upsampler2.from_pretrained(tmp_path / "up2")
+    assert type(again.config) is Upsampler2Config and again.config == net.config and again.schedule.kind == "linear"
+    assert (Upsampler.name, Upsampler2.name) == ("upsampler1", "upsampler2")
+
+@pytest.mark.skipif(not WEIGHTS.exists(), reason="no shipped upsampler in data/tiny")
+def test_weights_from_before_the_second_stage_mean_what_they_meant():
+    c = Upsampler.from_pretrained(WEIGHTS).config
+    assert (c.degradation, c.blur_p, c.steps, c.schedule) == ("blur", 0.5, 27, "cosine")
 
 # -- what was learned ------------------------------------------------------------------------------------------------------
 def test_learns_to_beat_its_start():
@@ -184,3 +257,13 @@ def test_shipped_weights_beat_bicubic_and_crops_equal_whole_pictures():
     with torch.no_grad(): alone = ddim_sample(ask, randn(pieces.shape, generator("alone")), net.schedule, 27)
     pooled = lambda a, b: psnr(a.reshape(1, 1, 1, -1), b.reshape(1, 1, 1, -1)).item()
     assert abs(pooled(whole, truth) - pooled(alone, pieces)) < 0.5
+
+@pytest.mark.skipif(not WEIGHTS2.exists(), reason="no shipped second upsampler in data/tiny")
+def test_shipped_second_stage_beats_bicubic_and_forgives():
+    one, two = Upsampler.from_pretrained(WEIGHTS), Upsampler2.from_pretrained(WEIGHTS2)
+    rows = lambda n: [generator("two", i) for i in range(n)]
+    truth = pictures(2, 512, 500); low = resize(truth, 128); drawn, cubic = two.sample(low, 5, rows(2)), enlarge(low, 4, "bicubic")
+    assert (psnr(drawn, truth) > psnr(cubic, truth) + 1).all() and ssim(drawn, truth).mean() > ssim(cubic, truth).mean()
+    truth = pictures(6, 256, 510); bad = bsr_degrade(truth, rows(6))
+    score = lambda x: psnr(x, truth).mean().item()
+    assert score(two.sample(bad, 5, rows(6))) > max(score(enlarge(bad, 4, "bicubic")), score(one.sample(bad, 5, rows(6)))) + 1
