@@ -111,6 +111,31 @@ def test_ends_of_the_walk_and_cost(exact, points):
     assert walk(convention="current") == [0, mid] and walk(convention="current", from_clean=True) == [0, 0, mid]
     assert walk(refine=2) == [mid] * 3 + [999] * 3
 
+def test_start_takes_the_picture_for_a_later_state(exact, points):
+    asked = []
+    def noting(x, t): asked.append(int(t[0])); return exact(x, t)
+    def walk(**how): asked.clear(); ddim_invert(noting, points, SCHEDULE, 21, **how); return list(asked)
+    up = respace(1000, 21)[::-1]
+    assert walk() == walk(start=0) == up[1:] and walk(start=49) == up[1:] and walk(start=50) == up[2:] and walk(start=200) == [t for t in up if t > 200]
+    assert walk(start=200, from_clean=True) == up and walk(start=200, convention="current") == [t for t in up if t >= 200][:-1]
+    below = ddim_invert(exact, points, SCHEDULE, 21, start=200)                                 # by hand: the same steps from t = 200 up
+    x, ts = points, [t for t in up if t >= 200]
+    for s, r in zip(ts, ts[1:]):
+        a, b, eps = SCHEDULE.abar[s], SCHEDULE.abar[r], exact(x, torch.full((len(x),), r)).eps
+        x = b.sqrt() * (x - (1 - a).sqrt() * eps) / a.sqrt() + (1 - b).sqrt() * eps
+    assert torch.allclose(below, x)
+
+def test_a_later_start_keeps_a_mistaken_denoiser_from_shouting(points):
+    "A miss of size m in x0-hat is read as noise of size m / noise[t] at the first timestep asked (eq. 6): later is quieter."
+    def off(x, t):
+        x0 = points + 0.1
+        a, s = SCHEDULE.gather("signal", t, x), SCHEDULE.gather("noise", t, x)
+        return Prediction(x0, (x - a * x0) / s)
+    for start in (0, 20, 50):
+        first = next(t for t in respace(1000, 250)[::-1] if t > start)
+        size = ddim_invert(off, points, SCHEDULE, 250, start=start).square().mean().sqrt().item()
+        assert size == pytest.approx(0.1 / SCHEDULE.noise[first].item(), rel=0.2)
+
 def test_x0_is_never_clipped():
     schedule, x0 = Schedule(), torch.full((1, 4), 3.0, dtype=torch.float64)      # far outside of [-1, 1]
     denoise = mixture_denoiser(schedule, torch.full((1, 4), 2.9, dtype=torch.float64), spread=0.3)
@@ -125,6 +150,8 @@ def test_clear_errors(exact, points):
     with pytest.raises(UnclipError, match="target or current"): ddim_invert(exact, points, SCHEDULE, 5, convention="diffusers")
     with pytest.raises(UnclipError, match="refine"): ddim_invert(exact, points, SCHEDULE, 5, refine=-1)
     with pytest.raises(UnclipError, match="1001"): ddim_invert(exact, points, SCHEDULE, 1001)
+    with pytest.raises(UnclipError, match="start further down"): ddim_invert(exact, points, SCHEDULE, 5, start=999)
+    with pytest.raises(UnclipError, match="steps"): ddim_invert(exact, points, SCHEDULE, "snrx")
 
 def test_the_shipped_decoder_gets_its_picture_back():
     "Loosely tied to the promise of 25 dB at 50 steps, for pictures of unseen pairs; fewer steps and pictures here, to be quick."

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 from .core import UnclipError
-from .diffusion import Denoise, Schedule, Steps, _steps
+from .diffusion import Denoise, Schedule, Steps, even_snr, respace
 
 # %% ../nbs/14_inversion.ipynb #decb7a85
 def _move(x:Tensor, eps:Tensor, abar_from:float, abar_to:float) -> Tensor:
@@ -20,6 +20,12 @@ def _move(x:Tensor, eps:Tensor, abar_from:float, abar_to:float) -> Tensor:
 
 # %% ../nbs/14_inversion.ipynb #3688eb3a
 CONVENTIONS = ("target", "current")
+
+def _walk(schedule:Schedule, steps:Steps) -> list[tuple[int, float, float]]:
+    "The sampler's timesteps, cleanest first: each with abar there and at the next cleaner one (1 before the first)."
+    ts = even_snr(schedule, int(steps[3:])) if isinstance(steps, str) and steps[:3] == "snr" and steps[3:].isdigit() else respace(schedule.T, steps)
+    abar = [1.0] + [schedule.abar[t].item() for t in ts[::-1]]
+    return list(zip(ts[::-1], abar[1:], abar))
 
 def _refined(y:Tensor, x:Tensor, ask:Denoise, abar:float, prev:float) -> Tensor:
     "One round towards the `y` at `abar` whose DDIM step down to `prev` gives `x`."
@@ -36,6 +42,7 @@ def ddim_invert(
     convention:str="target",        # where the noise is asked for: at the timestep to go to, or at the "current" one
     refine:int=0,                   # rounds of correction a step, each costs as much as the step
     from_clean:bool=False,          # also invert the sampler's last step, t = 0 to clean; else x0 is taken for the state at t = 0
+    start:int=0,                    # or at the last kept timestep up to this one: for a denoiser that is not sure of the finest grain
     skip_last:bool=False,           # leave out the step into the noisiest timestep
     progress:bool|str=False,        # a bar; a string is its label
 ) -> Float[Tensor, "b ..."]:
@@ -43,10 +50,10 @@ def ddim_invert(
     (Diffusion Models Beat GANs, appendix F). x0-hat is never clipped. Raises `UnclipError` for an unknown convention or bad steps."""
     if convention not in CONVENTIONS: raise UnclipError(f"unknown inversion convention {convention!r}: use target or current")
     if refine < 0: raise UnclipError(f"inversion cannot be refined {refine} times: use 0 or more")
-    walk = list(_steps(schedule, steps, False))[::-1]                  # (t, abar there, abar one step cleaner), cleanest first
-    x, now = x0, walk[0][0]
-    if now == 0 and not from_clean: walk = walk[1:]
-    if skip_last: walk = walk[:-1]
+    walk = _walk(schedule, steps)
+    below = [] if from_clean else [step for step in walk if step[0] <= start]
+    if len(below) == len(walk): raise UnclipError(f"inversion starts at {start}, and the noisiest of its timesteps is {walk[-1][0]}: start further down")
+    x, now, walk = x0, (below[-1:] or walk)[0][0], walk[len(below):len(walk) - skip_last]
     label = progress if isinstance(progress, str) else None
     for t, abar, prev in tqdm(walk, desc=label, leave=False, disable=not progress):
         ask = lambda y, t=t: denoise(y, torch.full((len(y),), t, dtype=torch.long, device=y.device))

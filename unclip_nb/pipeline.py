@@ -23,10 +23,10 @@ from .diffusion import Steps
 from .diffusion_prior import DiffusionPrior
 from .inversion import ddim_invert
 from .shapes import render, scene_at
-from .upsampler import Upsampler
+from .upsampler import Upsampler, Upsampler2
 
 # %% ../nbs/15_pipeline.ipynb #eb083671
-STAGES = {"clip": CLIP, "prior": DiffusionPrior, "ar_prior": ARPrior, "decoder": Decoder, "upsampler1": Upsampler}
+STAGES = {"clip": CLIP, "prior": DiffusionPrior, "ar_prior": ARPrior, "decoder": Decoder, "upsampler1": Upsampler, "upsampler2": Upsampler2}
 PRIORS = {"diffusion": "prior", "ar": "ar_prior"}       # what `generate(prior=...)` calls them
 INDEX = "unclip.json"
 
@@ -43,7 +43,7 @@ def find_system(name:str|Path) -> Path:
 
 # %% ../nbs/15_pipeline.ipynb #32702460
 class UnCLIP(nn.Module):
-    "The whole of unCLIP: `clip`, `prior` and `ar_prior` (at least one), `decoder` and `upsampler1`, in evaluation mode, one folder each."
+    "The whole of unCLIP: `clip`, `prior` and `ar_prior` (at least one), `decoder`, `upsampler1` and `upsampler2`, in evaluation mode, one folder each."
     def __init__(
         self,
         clip:CLIP,                          # reads captions and pictures
@@ -51,9 +51,10 @@ class UnCLIP(nn.Module):
         decoder:Decoder,                    # z_i -> small picture
         upsampler1:Upsampler|None=None,     # small picture -> four times the side
         ar_prior:ARPrior|None=None,         # z_t -> z_i, code by code
+        upsampler2:Upsampler2|None=None,    # that, once more: only used when asked for by size
     ):
         super().__init__()
-        self.clip, self.prior, self.ar_prior, self.decoder, self.upsampler1 = clip, prior, ar_prior, decoder, upsampler1
+        self.clip, self.prior, self.ar_prior, self.decoder, self.upsampler1, self.upsampler2 = clip, prior, ar_prior, decoder, upsampler1, upsampler2
         for name, stage in self.stages.items():
             made_for = getattr(stage.config, "clip_fingerprint", clip.fingerprint) if name != "clip" else clip.fingerprint
             if made_for != clip.fingerprint:
@@ -108,6 +109,29 @@ def encode_text(self:UnCLIP, captions:str|Sequence[str]) -> Float[Tensor, "b d"]
     "z_t of captions: unit norm."
     return self.clip.encode_text(check_captions(captions))
 
+# %% ../nbs/15_pipeline.ipynb #970e0144
+@patch(as_prop=True)
+def sizes(self:UnCLIP) -> dict[int, list[str]]:
+    "Sides of the pictures that this system can draw, and the upsamplers that each takes."
+    side, names = self.decoder.config.image_size, []
+    out = {side: []}
+    for k in ("upsampler1", "upsampler2"):
+        if (stage := getattr(self, k)) is None: break
+        side, names = side * stage.config.factor, [*names, k]
+        out[side] = names
+    return out
+
+@patch
+def upsamplers(self:UnCLIP,
+    size:int|None,       # side wanted; None: the first upsampler's
+    upsample:bool=True,  # False: none, if no size is asked for
+) -> list[str]:
+    "The upsamplers on the way to `size`. Raises `UnclipError` for a size that no stage draws."
+    if size is None: return [*self.sizes.values()][:2 if upsample else 1][-1]
+    if size in self.sizes: return self.sizes[size]
+    lacks = [k for k in ("upsampler1", "upsampler2") if getattr(self, k) is None]
+    raise UnclipError(f"no stage draws pictures of {size} px: this system draws {', '.join(map(str, self.sizes))}" + (f"; train another stage with `unclip train {lacks[0]}`" if lacks else ""))
+
 # %% ../nbs/15_pipeline.ipynb #d4ac4fb9
 def row_generators(seed:int, n:int, stage:str) -> list[torch.Generator]:
     "One generator for each of n rows of a stage: a function of (seed, row) only."
@@ -125,9 +149,10 @@ def decode(
     guidance:float=1.0,
     steps:Steps=50,
     sampler:str="ddim",                    # or "dpm": DPM-Solver++, 20 steps of which do as well as 50
-    up_steps:int=9,                        # of the upsampler; on shapes the paper's 27 draw the same (13_upsampler)
+    up_steps:int=9,                        # of each upsampler; on shapes the paper's 27 and 15 draw the same (13_upsampler)
     seed:int=0,
     upsample:bool=True,                    # False: stop at the decoder's size
+    size:int|None=None,                    # side of the pictures, one of `sizes`; the first upsampler's by default
     generators:dict[str, list]|None=None,  # a list of generators per stage, instead of the seed
     progress:bool=False,
 ) -> Float[Tensor, "b 3 h w"]:
@@ -135,10 +160,11 @@ def decode(
     want = (len(zi), 3, *[self.decoder.config.image_size] * 2)
     if x_T is not None and tuple(x_T.shape) != want: raise UnclipError(f"x_T must have shape {want}, not {tuple(x_T.shape)}")
     if x_T is not None: x_T = x_T.to(self.device)
-    gens = generators or {k: row_generators(seed, len(zi), k) for k in ("decoder", "upsampler1")}
+    ups = self.upsamplers(size, upsample)
+    gens = {k: row_generators(seed, len(zi), k) for k in ("decoder", *ups)} | (generators or {})
     tokens = None if captions is None else self.clip.tokenizer.encode(captions)
     x = self.decoder.sample(zi.to(self.device), tokens, guidance=guidance, steps=steps, generator=gens["decoder"], x_T=x_T, eta=eta, sampler=sampler, progress=progress)
-    if upsample and self.upsampler1 is not None: x = self.upsampler1.sample(x, steps=up_steps, generator=gens["upsampler1"])
+    for k in ups: x = getattr(self, k).sample(x, steps=up_steps, generator=gens[k])
     return x
 
 # %% ../nbs/15_pipeline.ipynb #de8a9afa
@@ -199,13 +225,14 @@ def invert(self:UnCLIP,
     images,                 # see `pictures`
     steps:Steps=50,         # more: closer. `decode` must take the same
     refine:int=0,           # rounds of correction a step, see `ddim_invert`
+    start:int=50,           # the picture is taken for the state at this timestep: the decoder is not sure of finer grain (14_inversion, section 6)
     batch_size:int=32,
     progress:bool|str=False,
 ) -> Latent:
     "The bipartite latent (z_i, x_T) of pictures: `decode(latent.zi, x_T=latent.x_T, steps=latent.steps)` gives them back at the decoder's size."
     x0 = self.pictures(images)
     zi = self.encode_image(x0)                     # of the small picture: the decoder was trained on pairs at this size
-    x_T = [ddim_invert(self.decoder.denoiser(z), x, self.decoder.schedule, steps, refine=refine, progress=progress)
+    x_T = [ddim_invert(self.decoder.denoiser(z), x, self.decoder.schedule, steps, refine=refine, start=start, progress=progress)
            for z, x in zip(zi.split(batch_size), x0.split(batch_size))]
     return Latent(zi, torch.cat(x_T), steps)
 
@@ -244,17 +271,19 @@ def generate(
     upsample:bool=True,
     batch_size:int=32,
     progress:bool=False,
+    size:int|None=None,          # side of the pictures, one of `sizes`; the first upsampler's by default
 ) -> Float[Tensor, "bn 3 h w"]:
     "Pictures in [-1, 1] for captions, n each, caption-major. The same seed gives the same pictures whatever else is in the batch."
     captions = check_captions(captions)
     if n < 1 or steps < 1: raise UnclipError(f"n and steps must be at least 1, not {n} and {steps}")
+    ups = self.upsamplers(size, upsample)                                  # refuse before the work, not after
     rows = [(c, j) for c in captions for j in range(n)]
     out = []
     for k in range(0, len(rows), batch_size):
         texts, draws = zip(*rows[k:k + batch_size])
-        gens = {s: [generator(seed, s, j) for j in draws] for s in ("prior", "decoder", "upsampler1")}
+        gens = {s: [generator(seed, s, j) for j in draws] for s in ("prior", "decoder", *ups)}
         zi = self.sample_zi(list(texts), prior, prior_guidance, generators=gens["prior"])
-        out.append(self.decode(zi, list(texts), guidance=guidance, steps=steps, sampler=sampler, upsample=upsample, generators=gens, progress=progress))
+        out.append(self.decode(zi, list(texts), guidance=guidance, steps=steps, sampler=sampler, upsample=upsample, size=size, generators=gens, progress=progress))
     return torch.cat(out)
 
 # %% ../nbs/15_pipeline.ipynb #fe1e0541
