@@ -11,7 +11,7 @@ comma  := ,
 space  := $(subst ,, )
 export UV_FIND_LINKS ?= $(subst $(space),$(comma),$(PIP_FIND_LINKS))
 
-.PHONY: help setup demo lab test notebooks sync bench docs wheel pins
+.PHONY: help setup demo lab widgets test notebooks sync bench docs wheel pins
 help:                ## this list
 	@sed -n 's/^\([a-z]*\):.*##/\1:/p' Makefile
 
@@ -28,6 +28,8 @@ demo: setup          ## a gallery from the shipped weights
 	$(BIN)/unclip demo
 lab: setup           ## the tour in JupyterLab
 	$(BIN)/jupyter-lab nbs/index.ipynb
+widgets: setup       ## six widgets as a page of their own (with your weights: UNCLIP_WEIGHTS=runs/mine)
+	$(BIN)/python tools/app.py
 test: setup          ## notebooks re-run and compared with what they store, then tests/
 	$(BIN)/python -m pytest --nbval nbs tests -n $(JOBS) --dist loadfile
 sync: setup          ## write the package anew from the notebooks

@@ -26,7 +26,7 @@ def training() -> list[tuple[str, float, str]]:
         if stage in ON_CLIP: cfg = fit_to_clip(cfg, clip)
         model = stage_class(stage)[0](cfg, tokenizer=clip.tokenizer) if stage == "clip" else stage_class(stage)[0](cfg)
         if train.channels_last: model = model.to(memory_format=torch.channels_last)
-        size = cfg.low_size * cfg.factor if stage == "upsampler1" else 32
+        size = cfg.low_size * cfg.factor if stage.startswith("upsampler") else 32
         data = Batches(load_captioned("shapes", size=size), train.batch_size, tokenizer=clip.tokenizer, distinct=stage == "clip",
                        prepare=clip.embed_batch if stage in ON_CLIP else None)
         model.start(data)
@@ -46,9 +46,9 @@ def drawing() -> list[tuple[str, float, str]]:
     return [(f"caption to picture, {n} at a time", n / median_time(lambda: model.generate(list(EIGHT_CAPTIONS[:n]))), "pictures/s") for n in (1, 8)]
 
 def main():
-    import bench_ar_prior, bench_degradations, bench_prior, bench_shapes
+    import bench_ar_prior, bench_degradations, bench_prior, bench_shapes, bench_upsampler
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, device {'cuda' if torch.cuda.is_available() else 'cpu'}")
-    for rows in (bench_shapes.run, bench_degradations.run, training, drawing, bench_prior.run, bench_ar_prior.run):
+    for rows in (bench_shapes.run, bench_degradations.run, training, drawing, bench_upsampler.run, bench_prior.run, bench_ar_prior.run):
         for name, value, unit in rows(): print(f"{name:58}{value:12.2f} {unit}", flush=True)
 
 if __name__ == "__main__": main()

@@ -8,7 +8,8 @@ SMALL = ["--clip.model.vision-width", "8", "--clip.model.text-width", "32", "--c
          "--prior.model.width", "32", "--prior.model.layers", "2", "--prior.model.heads", "2", "--prior.train.steps", "6", "--prior.train.batch-size", "32",
          "--ar-prior.model.width", "32", "--ar-prior.model.layers", "2", "--ar-prior.model.heads", "2", "--ar-prior.train.steps", "6", "--ar-prior.train.batch-size", "32",
          "--decoder.model.channels", "16", "--decoder.model.res-blocks", "1", "--decoder.model.head-channels", "16", "--decoder.model.text-layers", "1", "--decoder.train.steps", "6", "--decoder.train.batch-size", "8",
-         "--upsampler1.model.channels", "16", "--upsampler1.train.steps", "6", "--upsampler1.train.batch-size", "4"]
+         "--upsampler1.model.channels", "16", "--upsampler1.train.steps", "6", "--upsampler1.train.batch-size", "4",
+         "--upsampler2.model.channels", "16", "--upsampler2.train.steps", "4", "--upsampler2.train.batch-size", "2"]
 
 COMMAND = [sys.executable, "-c", "from unclip_nb.cli import main; main()"]
 

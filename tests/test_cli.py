@@ -1,9 +1,12 @@
 "The `unclip` command as a user meets it: what it draws, what it leaves on disk, and how it says no."
-import json, os, shutil, signal, subprocess, sys, time
+import json, os, resource, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
 from PIL import Image
 from conftest import COMMAND, ROOT, SMALL, inside, unclip
+from unclip_nb import cli
+from unclip_nb.cli import STAGES
+from unclip_nb.core import count_parameters
 
 EMOJI = ROOT.parent/"shared"/"data"/"emoji"
 
@@ -15,7 +18,7 @@ def says_no(r, *words):
     return last
 
 def test_training_leaves_a_system(system):
-    for stage in ("clip", "prior", "ar_prior", "decoder", "upsampler1"):
+    for stage in ("clip", "prior", "ar_prior", "decoder", "upsampler1", "upsampler2"):
         assert {"config.json", "model.safetensors", "log.jsonl", "loss.png", "run.json"} <= {f.name for f in (system/stage).iterdir()}
     assert (system/"decoder"/"previews").is_dir() and (system/"clip"/"tokenizer.json").exists()
     assert not [f for f in system.rglob("*") if f.suffix in (".pt", ".pkl", ".pth", ".ckpt")]
@@ -38,10 +41,61 @@ def test_generate_writes_pngs_and_is_seeded(system, tmp_path):
     assert len(files) == 5 and Image.open(tmp_path/"a"/files[0]).size == (64, 64)
     assert all((tmp_path/"a"/f).read_bytes() == (tmp_path/"b"/f).read_bytes() for f in files)
 
+def test_size_is_asked_for(system, tmp_path):
+    r = inside("generate", "a yellow circle", "--weights", system, "--n", 1, "--steps", 2, "--size", 256, "--out", tmp_path/"big")
+    assert r.returncode == 0 and Image.open(tmp_path/"big"/"000.png").size == (256, 256), r.stderr
+    says_no(inside("generate", "a yellow circle", "--weights", system, "--size", 300, "--out", tmp_path/"no"), "no stage draws pictures of 300 px", "16, 64, 256")
+    assert not (tmp_path/"no").exists()
+
+def test_a_stage_starts_from_trained_weights(system, tmp_path):
+    from unclip_nb.cli import begin
+    from unclip_nb.upsampler import Upsampler, Upsampler2
+    same = lambda a, b: all(map(lambda p, q: bool((p == q).all()), a.parameters(), b.parameters()))
+    first, config = Upsampler.from_pretrained(system/"upsampler1"), Upsampler2.from_pretrained(system/"upsampler2").config
+    for start, want in ((None, True), (str(system/"upsampler1"), True), ("none", False)):
+        model = Upsampler2(config); begin(model, "upsampler2", system, start)
+        assert same(model, first) == want
+    begin(Upsampler2(type(config).nano()), "upsampler2", system)                   # of another size: quietly from nothing
+    says_no(inside("train", "upsampler2", "--preset", "nano", "--start", system/"decoder", "--out", tmp_path/"o"), "decoder")
+
 def test_evaluate_prints_a_table(system, tmp_path):
     r = inside("evaluate", "--weights", system, "--n", 4, "--steps", 2, "--out", tmp_path)
     assert r.returncode == 0, r.stderr
     for word in ("one object", "two objects", "unseen pairs", "upsampled truth", "true z_i", "R@1"): assert word in r.stdout
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    "A JPEG and a PNG of other sizes."
+    folder = tmp_path_factory.mktemp("two")
+    for name, size, color in (("a.jpg", (70, 50), (200, 40, 40)), ("b.png", (64, 64), (40, 40, 200))): Image.new("RGB", size, color).save(folder/name)
+    return folder/"a.jpg", folder/"b.png"
+
+def test_vary_interpolate_edit(system, two, tmp_path):
+    a, b = two
+    def go(name, *args): return inside(*args, "--weights", system, "--steps", 2, "--out", tmp_path/name)
+    for name, args, n in (("v", ("vary", a, "--n", 2, "--frames"), 2), ("v2", ("vary", a, "--n", 2, "--frames", "--seed", 1), 2), ("i", ("interpolate", a, b, "--n", 3), 3),
+                          ("e", ("edit", b, "--from", "a blue square", "--to", "a red square", "--thetas", 0, 0.4, "--frames"), 2)):
+        r = go(name, *args)
+        assert r.returncode == 0, r.stderr
+        assert f"{n} pictures" in r.stdout
+    files = {d.name: sorted(f.name for f in d.iterdir()) for d in tmp_path.iterdir()}
+    assert files["v"] == ["000.png", "001.png", "variations.png"] and files["i"] == ["interpolation.png"] and files["e"] == ["000.png", "001.png", "edit.png"]
+    frame = lambda d, i=0: (tmp_path/d/f"{i:03d}.png").read_bytes()
+    assert frame("v") != frame("v", 1) and frame("v") != frame("v2") and frame("e") != frame("e", 1) and Image.open(tmp_path/"v"/"000.png").size == (64, 64)
+    assert go("again", "vary", a, "--n", 2, "--frames").returncode == 0 and frame("again", 1) == frame("v", 1)      # the seed fixes everything
+    r = go("x", "interpolate", a, b, "--noise", "fixed", "--n", 2)
+    assert r.returncode == 0, r.stderr
+
+def test_edits_say_no(system, two, tmp_path):
+    a, b = two
+    (tmp_path/"note.txt").write_text("not a picture"); (tmp_path/"cut.png").write_bytes(b.read_bytes()[:60])
+    for args, words in ((("vary",), ("no picture",)), (("vary", tmp_path/"no.png"), ("no.png",)), (("vary", tmp_path/"note.txt"), ("note.txt", "PNG or JPEG")),
+                        (("vary", tmp_path/"cut.png"), ("cut.png",)), (("vary", tmp_path), ("PNG or JPEG",)), (("interpolate", a), ("two pictures",)), (("interpolate", a, tmp_path/"no.png"), ("no.png",)),
+                        (("interpolate", a, b, "--noise", "both"), ("slerp or fixed",)), (("interpolate", a, b, "--n", 1), ("at least 2",)), (("vary", a, "--n", 0), ("at least 1",)),
+                        (("vary", a, "--size", 7), ("7 px",)), (("edit", a), ("new caption",)), (("edit", a, "--from", "a red star", "--to", "a red star"), ("same",)),
+                        (("edit", a, "--to", "a red star", "--thetas", 2), ("thetas",))):
+        says_no(inside(*args, "--weights", system, "--steps", 2, "--out", tmp_path/"o"), *words)
+    assert not (tmp_path/"o").exists()
 
 def test_embed_then_train_from_the_embeddings(system, tmp_path):
     r = inside("embed", "--data", "shapes", "--clip", system/"clip", "--n", 64, "--out", tmp_path/"e")
@@ -51,9 +105,43 @@ def test_embed_then_train_from_the_embeddings(system, tmp_path):
                "--prior.model.width", 32, "--prior.model.layers", 1, "--prior.model.heads", 2)
     assert r.returncode == 0, r.stderr
 
-def test_info_counts_without_building(system):
-    r = inside("info", "--preset", "nano")
-    assert r.returncode == 0 and all(s in r.stdout for s in ("clip", "prior", "decoder", "upsampler1", "parameters"))
+def test_info_prints_every_stage():
+    r = inside("info", "--preset", "nano", "--batch-size", 1)
+    assert r.returncode == 0 and max(map(len, r.stdout.splitlines())) < 120
+    for word in (*STAGES, "parameters", "activations", "GPU-days", "40% of 312 TFLOP/s"): assert word in r.stdout, word
+
+@pytest.mark.parametrize("stage, table, off", [("decoder", 3.5e9, 0.05), ("upsampler1", 0.7e9, 0.05), ("upsampler2", 0.3e9, 0.065)])  # Table 3; its last figure has one digit
+def test_the_papers_sizes(stage, table, off):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert abs(count_parameters(cli.meta_stage(stage, "paper")) / table - 1) < off
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000       # kB: 0.2 GB, where the decoder alone would need 14
+
+@pytest.mark.parametrize("stage, steps, batch, lr, beta2, eps, decay, ema", [                                                        # Table 3, column by column
+    ("ar_prior", 1_000_000, 4096, 1.6e-4, 0.91, 1e-10, 4e-2, 0.999), ("prior", 600_000, 4096, 1.1e-4, 0.96, 1e-6, 6e-2, 0.9999),
+    ("decoder", 800_000, 2048, 1.2e-4, 0.999, 1e-8, 0, 0.9999), ("upsampler1", 1_000_000, 1024, 1.2e-4, 0.999, 1e-8, 0, 0.9999),
+    ("upsampler2", 1_000_000, 512, 1e-4, 0.999, 1e-8, 0, 0.9999)])
+def test_the_papers_training(stage, steps, batch, lr, beta2, eps, decay, ema):
+    t = cli.train_config(stage, "paper")
+    assert (t.steps, t.batch_size * t.accumulate, t.lr, t.beta1, t.beta2, t.eps, t.weight_decay, t.ema_decay) == (steps, batch, lr, 0.9, beta2, eps, decay, ema)
+
+def test_costs_agree_with_rules_of_thumb():
+    c = cli.Info("tiny", gpu_tflops=100., utilisation=0.5)
+    f, t = cli.stage_facts("prior", c), cli.train_config("prior", "tiny")
+    model = cli.meta_stage("prior", "tiny"); inner = sum(p.numel() for n, p in model.net.transformer.named_parameters() if n.endswith("weight") and p.ndim == 2)
+    tokens, width, layers = model.config.context_length + 4, model.config.width, model.config.layers
+    thumb = 6 * inner * tokens + 3 * layers * 2 * 2 * tokens ** 2 * width                  # six operations a weight and token, and attention
+    assert thumb < f["flops"] < 1.1 * thumb                                               # the rest: what goes in and out
+    assert f["training"] == 20 * f["parameters"] and f["examples"] == t.steps * t.batch_size
+    assert f["days"] == pytest.approx(f["flops"] * f["examples"] / 50e12 / 86400)
+    one = cli.stage_facts("prior", cli.Info("tiny", batch_size=1))
+    assert f["kept"] == t.batch_size * one["kept"]
+
+def test_small_fits_a_card_of_24_GB():
+    clip = 4 * count_parameters(cli.meta_stage("clip", "small"))                           # frozen, float32
+    for stage in STAGES[1:]:
+        f = cli.stage_facts(stage, cli.Info("small"))
+        assert f["training"] + f["kept"] + (clip if stage in cli.ON_CLIP else 0) < 0.95 * 24e9, (stage, f)
+    assert cli.stage_facts("clip", cli.Info("small"))["training"] is None                  # pretrained
 
 def test_help_is_grouped_with_defaults():
     r = inside("train", "decoder", "--preset", "nano", "--help")
@@ -71,7 +159,9 @@ def test_help_is_grouped_with_defaults():
     (("generate", "", "--weights", "tiny"), ("caption",)),
     (("generate", "a red star", "--weights", "no_such_weights"), ("no_such_weights",)),
     (("generate", "a red star", "--prior", "gan"), ("gan",)),
-    (("info", "--preset", "huge"), ("unknown preset",))])
+    (("info", "--preset", "huge"), ("unknown preset",)),
+    (("info", "--utilisation", "0"), ("utilisation",)),
+    (("train", "all", "--preset", "small"), ("pretrained ViT-L-14", "--clip ViT-L-14:openai"))])
 def test_mistakes_are_one_line_and_exit_2(args, words, tmp_path):
     out = ("--out", tmp_path/"o") if args[0] in ("train", "generate") else ()
     says_no(inside(*args, *out, cwd=tmp_path), *words)

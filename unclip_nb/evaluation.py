@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ATTRIBUTES', 'KINDS', 'PRIOR_COLUMNS', 'wilson', 'Marks', 'judge', 'exam', 'zi_sources', 'training_pairs', 'routes',
-           'take_exam', 'scene_for', 'prior_exam', 'prior_table', 'retrieval', 'evaluate', 'table']
+           'take_exam', 'prior_exam', 'prior_table', 'retrieval', 'evaluate', 'table']
 
 # %% ../nbs/18_evaluation.ipynb #e35ec6ba
 import math, time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Callable, Sequence
 import torch
 from jaxtyping import Float
@@ -17,7 +17,7 @@ from .core import UnclipError, generator, resize
 from .data import ShapesData
 from .diffusion_prior import compare_priors, linear_prior, nearest_prior
 from .pipeline import PRIORS, UnCLIP
-from .shapes import Scene, caption, matches, parse_caption, read_scene, render, sample_scene, scene_at
+from .shapes import caption, matches, parse_caption, read_scene, render, scene_at, scene_for
 
 # %% ../nbs/18_evaluation.ipynb #c7533d6f
 def wilson(right:int, asked:int, z:float=1.96) -> tuple[float, float]:
@@ -137,19 +137,6 @@ def take_exam(
         out.append(way(scenes[k:k + batch_size], captions[k:k + batch_size], gens).cpu())
     images = torch.cat(out)
     return judge(images, captions), images
-
-# %% ../nbs/18_evaluation.ipynb #1bda95cd
-def scene_for(
-    request,                   # what a caption asks: `parse_caption`
-    generator:torch.Generator,
-) -> Scene:
-    "A random scene that the caption describes: what it leaves open is drawn anew."
-    while True:
-        scene = sample_scene(generator, n_objects=len(request.objects))
-        fits = all(w.size in (None, o.size) for w, o in zip(request.objects, scene.objects))
-        if fits and request.relation in (None, scene.relation):
-            objects = tuple(replace(o, shape=w.shape, color=w.color) for w, o in zip(request.objects, scene.objects))
-            return Scene(objects, request.background or scene.background)
 
 # %% ../nbs/18_evaluation.ipynb #50fd0522
 @torch.no_grad()
