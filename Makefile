@@ -19,7 +19,7 @@ $(VENV)/.ready: settings.ini setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python %d.%d is too old: make PYTHON=python3.11 (3.10 or newer)" % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt uv \
-	  && $(BIN)/uv pip install -q --python $(VENV) -c constraints.txt -b constraints.txt -e '.[dev]' \
+	  && $(BIN)/uv pip install -q --compile-bytecode --python $(VENV) -c constraints.txt -b constraints.txt -e '.[dev]' \
 	  || $(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 setup: $(VENV)/.ready  ## a virtual environment with the versions of constraints.txt

@@ -1,11 +1,12 @@
 """The tiny decoder's training step and sampling, and with --peer against DALLE2-pytorch's decoder and diffusers' U-Net at equal parameters (within 10 %).
 
-    python benchmarks/bench_decoder.py                     the tiny decoder, seconds
-    python benchmarks/bench_decoder.py --peer [FOLDER]     also the peers; DALLE2-pytorch in an environment of its own (.peer_env, made on first use)
+    python benchmarks/bench_decoder.py                                     the tiny decoder, seconds, with patch=2 and patch=1
+    python benchmarks/bench_decoder.py --peer [FOLDER] [--channels-last]   also the peers; DALLE2-pytorch in an environment of its own (.peer_env, made on first use)
 
 All draw 32 px in float32 on one thread, learn with AdamW, and sample with DDIM and guidance 2. Times are the CPU's, not the clock's, and they take turns, so
-that other work on the machine disturbs the ratios little. The peers are given caption encodings for nothing, ours encodes its captions itself; ours folds
-2 x 2 pixels into one place (patch=2), and is also shown without (patch=1). --batch 4 --steps 2 --repeats 1 shows only whether it works."""
+that other work on the machine disturbs the ratios little. Three things are not equal. The peers are given caption encodings for nothing, ours encodes its captions
+itself. Ours folds 2 x 2 pixels into one place (patch=2); it is also shown without (patch=1). And ours runs in PyTorch's channels_last memory format, a flag of its
+training; the peers run in the default one, unless --channels-last gives it to them as well. --batch 4 --steps 2 --repeats 1 shows only whether it works."""
 import argparse, statistics, subprocess, sys, time
 from pathlib import Path
 
@@ -19,26 +20,28 @@ def clock(fn) -> float:
 # All under one face: `train(n)` is a training step of n pictures, `sample(n, steps)` draws n.
 
 class Ours:
-    name = "ours"
+    name, last = "ours", True                                            # last: weights and pictures in channels_last
     def __init__(self, patch:int=2):
         import torch
         from dataclasses import replace
         from unclip_nb.decoder import Decoder, DecoderConfig
         torch.manual_seed(0)
         c = replace(DecoderConfig.tiny(), whiten=False, **{} if patch == 2 else dict(patch=1, attention=(16,)))     # both attend at 16 pixels a side
-        self.torch, self.model = torch, Decoder(c).to(memory_format=torch.channels_last)
+        self.torch, self.model = torch, Decoder(c)
         self.ready()
 
     def ready(self):
+        if self.last: self.model = self.model.to(memory_format=self.torch.channels_last)
         self.optimizer, self.parameters = self.torch.optim.AdamW(self.model.parameters(), 1e-4), sum(p.numel() for p in self.model.parameters())
 
     def batch(self, n):
         g = self.torch.Generator().manual_seed(0)
         def randn(*shape): return self.torch.randn(shape, generator=g)
-        return dict(image=randn(n, 3, SIDE, SIDE).clamp(-1, 1), zi=randn(n, CLIP_DIM) / CLIP_DIM ** 0.5, text=randn(n, TOKENS, TEXT),
+        return dict(image=self.laid(randn(n, 3, SIDE, SIDE).clamp(-1, 1)), zi=randn(n, CLIP_DIM) / CLIP_DIM ** 0.5, text=randn(n, TOKENS, TEXT),
                     tokens=self.torch.randint(1, 500, (n, TOKENS), generator=g))
 
-    def loss(self, b): return self.model.loss({**b, "image": b["image"].to(memory_format=self.torch.channels_last)}, self.torch.Generator().manual_seed(0))
+    def laid(self, x): return x.to(memory_format=self.torch.channels_last) if self.last else x
+    def loss(self, b): return self.model.loss(b, self.torch.Generator().manual_seed(0))
     def train(self, n):
         self.model.train(); self.loss(self.batch(n)).backward()
         self.optimizer.step(); self.optimizer.zero_grad()
@@ -50,8 +53,9 @@ class Ours:
 class Diffusers(Ours):
     "Its U-Net, its DDIM; z_i's four tokens stand behind the caption's."
     name = "diffusers"
-    def __init__(self):
+    def __init__(self, last:bool=False):
         import torch
+        self.last = last
         from unclip_nb.data import import_open_clip
         import_open_clip()                                               # diffusers imports torchvision: also where its compiled part cannot load
         from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -78,8 +82,9 @@ class Diffusers(Ours):
 class Theirs(Ours):
     "DALLE2-pytorch's, in its own environment."
     name = "DALLE2-pytorch"
-    def __init__(self, steps:int):
+    def __init__(self, steps:int, last:bool=False):
         import torch
+        self.last = last
         try: import torchvision
         except RuntimeError:                                             # its CUDA build beside a CPU-only torch
             self.lib = torch.library.Library("torchvision", "DEF")
@@ -98,34 +103,35 @@ class Theirs(Ours):
 
 def run(batch:int=32, steps:int=20, repeats:int=3):
     "Rows (name, value, unit): the tiny decoder alone."
-    ours = Ours(); ours.train(batch); ours.sample(2, 2)
-    yield f"decoder: training step, batch {batch}", statistics.median(clock(lambda: ours.train(batch)) for _ in range(repeats)), "CPU s"
-    yield f"decoder: {batch} pictures, guidance, {steps} steps", statistics.median(clock(lambda: ours.sample(batch, steps)) for _ in range(repeats)), "CPU s"
+    for patch in (2, 1):
+        ours = Ours(patch); ours.train(batch); ours.sample(2, 2)
+        yield f"decoder, patch={patch}: training step, batch {batch}", statistics.median(clock(lambda: ours.train(batch)) for _ in range(repeats)), "CPU s"
+        yield f"decoder, patch={patch}: {batch} pictures, guidance, {steps} steps", statistics.median(clock(lambda: ours.sample(batch, steps)) for _ in range(repeats)), "CPU s"
 
-def serve(threads:int, steps:int):
+def serve(threads:int, steps:int, last:bool):
     "The peer's side: a line `sample 2 64` or `train 32` in, seconds out."
     import torch
     torch.set_num_threads(threads)
     answers, sys.stdout = sys.stdout, sys.stderr                         # whatever it prints is no answer
-    theirs = Theirs(steps)
+    theirs = Theirs(steps, last)
     print(theirs.parameters, file=answers, flush=True)
     for line in sys.stdin:
         task, *sizes = line.split()
         print(clock(lambda: getattr(theirs, task)(*map(int, sizes))), file=answers, flush=True)
 
-def against_peers(folder:Path, batch:int=64, steps:int=20, repeats:int=3, tasks=("train", "sample")):
+def against_peers(folder:Path, batch:int=64, steps:int=20, repeats:int=3, tasks=("train", "sample"), last:bool=False):
     "Rows (name, value, unit): parameters, then each task of everyone, and how many times as fast ours is."
     import torch
     from bench_prior import make_env
     torch.set_num_threads(1)
-    worker = subprocess.Popen([make_env(folder), __file__, "--serve", "1", "--steps", str(steps)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    worker = subprocess.Popen([make_env(folder), __file__, "--serve", "1", "--steps", str(steps), *["--channels-last"] * last], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                               stderr=subprocess.DEVNULL, text=True)
     first = worker.stdout.readline()
     if not first: raise SystemExit(f"the peer does not start: try {folder}/bin/python {__file__} --serve 1; or delete {folder}")
     def theirs(*task):
         worker.stdin.write(" ".join(map(str, task)) + "\n"); worker.stdin.flush()
         return float(worker.stdout.readline())
-    models = {"ours": Ours(), "ours, patch=1": Ours(patch=1), "diffusers": Diffusers()}
+    models = {"ours": Ours(), "ours, patch=1": Ours(patch=1), "diffusers": Diffusers(last)}
     who = {k: lambda *task, m=m: clock(lambda: getattr(m, task[0])(*task[1:])) for k, m in models.items()} | {"DALLE2-pytorch": theirs}
     for k, m in models.items(): yield f"parameters: {k}", m.parameters / 1e6, "M"
     yield "parameters: DALLE2-pytorch", int(first) / 1e6, "M"
@@ -146,8 +152,9 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tasks", nargs="+", default=["train", "sample"], help="train, sample")
+    parser.add_argument("--channels-last", action="store_true", help="the peers in channels_last, too; ours always is")
     parser.add_argument("--serve", type=int, metavar="THREADS", help=argparse.SUPPRESS)
     a = parser.parse_args()
-    if a.serve: serve(a.serve, a.steps); sys.exit()
-    rows = against_peers(a.peer, a.batch, a.steps, a.repeats, a.tasks) if a.peer else run(a.batch, a.steps, a.repeats)
+    if a.serve: serve(a.serve, a.steps, a.channels_last); sys.exit()
+    rows = against_peers(a.peer, a.batch, a.steps, a.repeats, a.tasks, a.channels_last) if a.peer else run(a.batch, a.steps, a.repeats)
     for name, value, unit in rows: print(f"{name:62} {value:10.3f} {unit}", flush=True)

@@ -1,4 +1,4 @@
-"""Every benchmark in one table: `make bench`, or `python benchmarks/run.py [seconds each]`. Medians; run it on an idle machine."""
+"""Every benchmark in one table: `make bench`, or `python benchmarks/run.py`. Medians; run it on an idle machine."""
 import platform, statistics, sys, time
 from pathlib import Path
 import torch
@@ -39,11 +39,11 @@ def training() -> list[tuple[str, float, str]]:
     return rows
 
 def drawing() -> list[tuple[str, float, str]]:
-    "Captions to 128 px pictures with the shipped weights and the defaults of `generate`."
+    "Captions to pictures of every size with the shipped weights and the defaults of `generate`; one at a time: `bench_upsampler`, in seconds."
     from unclip_nb.pipeline import UnCLIP
     from unclip_nb.shapes import EIGHT_CAPTIONS
     model = UnCLIP.from_pretrained("tiny")
-    return [(f"caption to picture, {n} at a time", n / median_time(lambda: model.generate(list(EIGHT_CAPTIONS[:n]))), "pictures/s") for n in (1, 8)]
+    return [(f"captions to {size} px, 8 at a time", 8 / median_time(lambda: model.generate(list(EIGHT_CAPTIONS), size=size), least=1 if size > 128 else 3), "pictures/s") for size in model.sizes]
 
 def main():
     import bench_ar_prior, bench_degradations, bench_prior, bench_shapes, bench_upsampler

@@ -1,12 +1,12 @@
 "The `unclip` command as a user meets it: what it draws, what it leaves on disk, and how it says no."
-import json, os, resource, shutil, signal, subprocess, sys, time
+import json, math, os, resource, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
 from PIL import Image
 from conftest import COMMAND, ROOT, SMALL, inside, unclip
 from unclip_nb import cli
 from unclip_nb.cli import STAGES
-from unclip_nb.core import count_parameters
+from unclip_nb.core import UnclipError, count_parameters
 
 EMOJI = ROOT.parent/"shared"/"data"/"emoji"
 
@@ -97,6 +97,15 @@ def test_edits_say_no(system, two, tmp_path):
         says_no(inside(*args, "--weights", system, "--steps", 2, "--out", tmp_path/"o"), *words)
     assert not (tmp_path/"o").exists()
 
+def test_demo_leaves_three_sheets(system, tmp_path):
+    r = inside("demo", "--weights", system, "--out", tmp_path)
+    assert r.returncode == 0, r.stderr
+    assert sorted(str(f.relative_to(tmp_path)) for f in tmp_path.glob("*/*.png") if not f.stem.isdigit()) == ["edits/edits.png", "gallery/gallery.png", "new_pairs/new_pairs.png"]
+    for name, n in (("gallery", 16), ("new_pairs", 16), ("edits", 18)):                   # a row of eight for each prior; six variations, six on a way, six angles
+        files = [tmp_path/name/f"{i:03d}.png" for i in range(n)]
+        assert f"{n} pictures: {tmp_path/name/name}.png" in r.stdout and len(list((tmp_path/name).iterdir())) == n + 1
+        assert len({f.read_bytes() for f in files}) > n / 2 and {Image.open(f).size for f in files} == {(64, 64)}
+
 def test_embed_then_train_from_the_embeddings(system, tmp_path):
     r = inside("embed", "--data", "shapes", "--clip", system/"clip", "--n", 64, "--out", tmp_path/"e")
     assert r.returncode == 0, r.stderr
@@ -105,16 +114,23 @@ def test_embed_then_train_from_the_embeddings(system, tmp_path):
                "--prior.model.width", 32, "--prior.model.layers", 1, "--prior.model.heads", 2)
     assert r.returncode == 0, r.stderr
 
-def test_info_prints_every_stage():
-    r = inside("info", "--preset", "nano", "--batch-size", 1)
-    assert r.returncode == 0 and max(map(len, r.stdout.splitlines())) < 120
-    for word in (*STAGES, "parameters", "activations", "GPU-days", "40% of 312 TFLOP/s"): assert word in r.stdout, word
+INFO = """import resource, sys
+from unclip_nb.cli import main
+for preset in sys.argv[1:]: main(["info", "--preset", preset, "--batch-size", "1"]); print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
+
+def test_info_prints_every_stage_and_allocates_nothing():
+    "In a process of its own, whose memory knows no other test: the peak after the paper's sizes beside that after the smallest. The paper's weights alone are 35 GB."
+    pytest.importorskip("resource")
+    out = subprocess.run([sys.executable, "-c", INFO, "nano", "paper"], capture_output=True, text=True, check=True).stdout
+    for table in out.split("peak")[:2]:
+        for word in (*STAGES, "parameters", "activations", "GPU-days", "40% of 312 TFLOP/s"): assert word in table, word
+    assert max(map(len, out.splitlines())) < 120
+    nano, paper = (int(line.split()[1]) / (1e6 if sys.platform == "darwin" else 1e3) for line in out.splitlines() if line.startswith("peak"))     # MB; macOS counts bytes, Linux kB
+    assert paper - nano < 200
 
 @pytest.mark.parametrize("stage, table, off", [("decoder", 3.5e9, 0.05), ("upsampler1", 0.7e9, 0.05), ("upsampler2", 0.3e9, 0.065)])  # Table 3; its last figure has one digit
 def test_the_papers_sizes(stage, table, off):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert abs(count_parameters(cli.meta_stage(stage, "paper")) / table - 1) < off
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000       # kB: 0.2 GB, where the decoder alone would need 14
 
 @pytest.mark.parametrize("stage, steps, batch, lr, beta2, eps, decay, ema", [                                                        # Table 3, column by column
     ("ar_prior", 1_000_000, 4096, 1.6e-4, 0.91, 1e-10, 4e-2, 0.999), ("prior", 600_000, 4096, 1.1e-4, 0.96, 1e-6, 6e-2, 0.9999),
@@ -142,6 +158,26 @@ def test_small_fits_a_card_of_24_GB():
         f = cli.stage_facts(stage, cli.Info("small"))
         assert f["training"] + f["kept"] + (clip if stage in cli.ON_CLIP else 0) < 0.95 * 24e9, (stage, f)
     assert cli.stage_facts("clip", cli.Info("small"))["training"] is None                  # pretrained
+
+@pytest.fixture
+def bench_gpu(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT/"benchmarks")
+    import bench_gpu
+    return bench_gpu
+
+def test_the_gpu_benchmark_wants_a_gpu(bench_gpu, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert bench_gpu.main(["--stage", "decoder", "--preset", "small", "--steps", "300"]) == 2
+    said = capsys.readouterr(); assert said.out == "" and "no CUDA here" in said.err and said.err.count("\n") == 1
+
+@pytest.mark.parametrize("stage", ["prior", "decoder", "upsampler1"])
+def test_the_gpu_benchmark_measures_a_training(bench_gpu, stage):
+    m = bench_gpu.measure(stage, "nano", 2, compile=False, device="cpu", batch_size=4, precision="no", peak_tflops=2., warm=1)
+    assert m["speed"] > 0 and m["memory"] is None and math.isfinite(m["loss"]) and (m["batch"], m["accumulate"]) == (4, 1)
+    assert m["utilisation"] == pytest.approx(cli.stage_facts(stage, cli.Info("nano"))["flops"] * m["speed"] / 2e12)
+
+def test_the_gpu_benchmark_trains_no_pretrained_clip(bench_gpu):
+    with pytest.raises(UnclipError, match="pretrained"): bench_gpu.measure("clip", "small", 2, compile=False, device="cpu")
 
 def test_help_is_grouped_with_defaults():
     r = inside("train", "decoder", "--preset", "nano", "--help")
@@ -215,3 +251,93 @@ def test_real_pictures_from_files_to_a_generated_picture(tmp_path):
     assert r.returncode == 0, r.stderr
     r = inside("generate", "hot pepper", "--weights", tmp_path/"e", "--n", 1, "--steps", 2, "--out", tmp_path/"o")
     assert r.returncode == 0 and (tmp_path/"o"/"000.png").exists(), r.stderr
+
+# a system around somebody else's CLIP
+
+TOY_CLIP = {"embed_dim": 32, "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+            "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}}
+
+def test_a_pretrained_clip_travels_with_its_system(tmp_path):
+    from safetensors.torch import save_model
+    from unclip_nb.data import import_open_clip
+    oc, arch = import_open_clip(), tmp_path/"toy-cli.json"
+    arch.write_text(json.dumps(TOY_CLIP)); oc.add_model_config(arch)
+    save_model(oc.create_model("toy-cli"), tmp_path/"toy.safetensors")
+    out, args = tmp_path/"o", ("--preset", "nano", "--clip", f"toy-cli:{tmp_path/'toy.safetensors'}")
+    small = [a for k, v in zip(SMALL[::2], SMALL[1::2]) for a in (k, v) if not k.startswith("--clip") and "train.steps" not in k]
+    few = [a for s in STAGES[1:] for a in (f"--{s.replace('_', '-')}.train.steps", 2)]
+    r = inside("train", "all", *args, "--out", out, *small, *few)
+    assert r.returncode == 0 and "trained prior, ar_prior" in r.stdout, r.stderr
+    r = inside("generate", "a red star", "--weights", out, "--n", 1, "--steps", 2, "--out", tmp_path/"pictures")
+    assert r.returncode == 0 and (tmp_path/"pictures"/"000.png").exists(), r.stderr
+    save_model(oc.create_model("toy-cli"), tmp_path/"other.safetensors")                                             # another CLIP does not slip in
+    says_no(inside("train", "prior", "--preset", "nano", "--clip", f"toy-cli:{tmp_path/'other.safetensors'}", "--out", out, "--prior.train.steps", 3, "--resume"), "another CLIP")
+
+# what a user may get wrong, or the disk
+
+def test_an_out_that_is_a_file(system, tmp_path):
+    taken = tmp_path/"taken"; taken.write_text("precious")
+    for args in (("generate", "a red star", "--weights", system), ("embed", "--clip", system/"clip", "--n", 4), ("train", "upsampler1", "--preset", "nano"), ("evaluate", "--weights", system, "--n", 1), ("demo", "--weights", system)):
+        says_no(inside(*args, "--out", taken), "taken", "choose another --out")
+    assert taken.read_text() == "precious"
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of file sizes are POSIX")
+def test_a_full_disk_is_said_in_one_line(system, tmp_path):
+    old, heard = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (256, old[1]))
+        says_no(inside("generate", "a red star", "--weights", system, "--n", 1, "--steps", 1, "--out", tmp_path/"o"), "cannot write", "make room")
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, old); signal.signal(signal.SIGXFSZ, heard)
+
+def folder_of(n, folder):
+    from PIL import Image
+    folder.mkdir()
+    for i in range(n): Image.new("RGB", (64, 64), (40 * i, 20, 90)).save(folder/f"{i}.png"); (folder/f"{i}.txt").write_text(f"picture {i}")
+    return folder
+
+def test_a_handful_of_pictures_can_be_trained_on(system, tmp_path):
+    "Fewer rows than the eight of the previews, every stage's preview drawn."
+    data, out = folder_of(6, tmp_path/"few"), tmp_path/"o"
+    for s in ("clip", "prior", "decoder", "upsampler1"):
+        flag, few = f"--{s}.", [("train.steps", 2), ("train.preview-every", 1), ("train.batch-size", 2)]
+        small = [a for k, v in zip(SMALL[::2], SMALL[1::2]) for a in (k, v) if k.startswith(flag) and ".train." not in k]
+        r = inside("train", s, "--preset", "nano", "--data", data, "--out", out, *small, *(a for k, v in few for a in (flag + k, v)))
+        assert r.returncode == 0 and len(list((out/s/"previews").glob("*.png"))) == 2, (s, r.stderr)
+    says_no(inside("train", "ar_prior", "--preset", "nano", "--data", data, "--out", out), "too few for 24 components")
+
+def test_too_few_captions_leave_nothing_behind(tmp_path):
+    says_no(inside("train", "clip", "--preset", "nano", "--data", folder_of(6, tmp_path/"few"), "--out", tmp_path/"o"), "5 different captions")
+    assert not (tmp_path/"o").exists()
+
+@pytest.mark.parametrize("args, words", [
+    (("generate", "a red star", "--n", "x"), ("--n", "invalid literal")),
+    (("generate", "a red star", "--guidance", "nan"), ("--guidance nan", "finite")),
+    (("generate", "a red star", "--prioor", "ar"), ("--prioor",)),
+    (("train", "decoder", "--decoder.train.stepz", "5"), ("--decoder.train.stepz", "did you mean --decoder.train.steps?")),
+    (("train", "prior", "--preset", "nano", "--prior.model.heads", "5", "--clip", "tiny"), ("sizes of the prior",)),
+    (("train", "clip", "--preset", "nano", "--clip.model.text-heads", "3"), ("sizes of the clip",)),
+    (("evaluate", "--n", "0"), ("--n",)), (("embed", "--n", "0"), ("--n",)),
+    (("train", "upsampler1", "--preset", "nano", "--device", "cuda"), ("cuda",))])
+def test_more_mistakes_are_one_line_and_exit_2(args, words, tmp_path):
+    if "cuda" in args:
+        import torch
+        if torch.cuda.is_available(): pytest.skip("this machine has one")
+    says_no(inside(*args, "--out", tmp_path/"o", cwd=tmp_path), *words)
+    assert not (tmp_path/"o").exists()
+
+@pytest.mark.parametrize("config, words", [({"clip": 5}, ("clip", "model and train")), ({"clip": {"modl": {}}}, ("modl",)), ({"clip": {"model": {"embed_dim": "abc"}}}, ("embed_dim", "'abc'")), ({"clip": {"train": {"lr": [1]}}}, ("lr",))])
+def test_a_config_file_is_checked(config, words, tmp_path):
+    (tmp_path/"c.json").write_text(json.dumps(config))
+    says_no(inside("train", "clip", "--preset", "nano", "--config", tmp_path/"c.json", "--out", tmp_path/"o"), *words)
+
+def test_a_finished_stage_is_not_taken_for_another(system):
+    args = ("train", "upsampler1", "--preset", "nano", "--out", system, *SMALL[SMALL.index("--upsampler1.model.channels"):SMALL.index("--upsampler2.model.channels")])
+    r = inside(*args)
+    assert r.returncode == 0 and "already trained" in r.stdout, r.stderr
+    says_no(inside(*args, "--upsampler1.model.channels", 24), "model.channels = 16, not 24")
+    says_no(inside(*args, "--upsampler1.train.lr", 1), "train.lr")
+
+def test_a_nan_stops_the_command(tmp_path):
+    says_no(inside("train", "upsampler1", "--preset", "nano", "--out", tmp_path/"o", "--upsampler1.model.channels", 16, "--upsampler1.train.steps", 30, "--upsampler1.train.batch-size", 2,
+                   "--upsampler1.train.save-every", 1, "--upsampler1.train.schedule", "constant", "--upsampler1.train.warmup", 1, "--upsampler1.train.lr", "1e30", "--upsampler1.train.clip-norm", 0), "last good checkpoint", "lower lr")
+    assert list((tmp_path/"o"/"upsampler1"/"checkpoints").glob("step_*"))

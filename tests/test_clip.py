@@ -250,6 +250,33 @@ def test_embed_refuses_a_folder_of_another_clip(clip, tokenizer, tmp_path):
     with pytest.raises(UnclipError, match="another clip"): embed(CLIP(SMALL, tokenizer), ShapesData("valid"), tmp_path, n=4, progress=False)
     with pytest.raises(UnclipError, match="not"): EmbeddedData(tmp_path, "0" * 12)
 
+def test_embed_says_when_it_cannot_write(clip, tmp_path):
+    taken = tmp_path / "taken"; taken.write_text("a file")
+    with pytest.raises(UnclipError, match="cannot write .*taken"): embed(clip, ShapesData("valid"), taken, n=4, progress=False)
+    assert taken.read_text() == "a file"
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of file sizes are POSIX")
+def test_embed_survives_a_full_disk(clip, tmp_path):
+    import resource, signal
+    old, heard = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, old[1]))
+        with pytest.raises(UnclipError, match="cannot write .*shard_00000"): embed(clip, ShapesData("valid"), tmp_path, n=8, progress=False)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, old); signal.signal(signal.SIGXFSZ, heard)
+    embed(clip, ShapesData("valid"), tmp_path, n=8, progress=False)                 # room again: it goes on
+    assert len(EmbeddedData(tmp_path)) == 8
+
+def test_open_clip_imports_beside_a_torchvision_that_cannot_load(tmp_path):
+    "A CPU-only torch beside torchvision's CUDA build: the first import fails on the missing operator, and the second finds it declared."
+    import subprocess, sys
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(
+        "import torch\ntry: torch.ops.torchvision.nms.default\nexcept AttributeError: raise RuntimeError('operator torchvision::nms does not exist') from None\n")
+    (tmp_path / "open_clip.py").write_text("import torchvision\n")
+    code = "from unclip_nb.data import import_open_clip; print(import_open_clip().__name__)"
+    run = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.strip() == "open_clip", run.stderr
+
 # pretrained models
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "checkpoint.pt"])

@@ -341,6 +341,18 @@ def write_embeddings(folder, sizes=(3, 2)):
     write_text(folder / "captions.jsonl", "".join(json.dumps({"caption": f"row {i}"}) + "\n" for i in range(start)))
     write_text(folder / "meta.json", json.dumps({"clip_fingerprint": "abc", "rows": start}))
 
+def test_a_hub_id_gives_its_own_splits(monkeypatch):
+    "The road to the hub, with the network's two ends replaced."
+    import datasets
+    png = io.BytesIO(); Image.new("RGB", (9, 9), "red").save(png, "PNG")
+    rows = lambda n: datasets.Dataset.from_dict({"image": [{"bytes": png.getvalue(), "path": None}] * n, "text": [f"row {i}" for i in range(n)]}).cast_column("image", datasets.Image(decode=False))
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: {"someone/two": ["train", "test"], "someone/one": ["train"]}[name])
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split, streaming: rows({"train": 40, "test": 3}[split]))
+    assert [len(load_captioned("someone/two", split=s, size=8)) for s in ("train", "valid")] == [40, 3]
+    train, valid = (load_captioned("someone/one", split=s, size=8) for s in ("train", "valid"))       # no split of its own: 5 % are held out
+    assert (len(train), len(valid)) == (38, 2) and not set(train.captions(99)) & set(valid.captions(99))
+    assert train[0]["image"].shape == (3, 8, 8) and train[0]["image"][0].mean() > 0.99
+
 def test_embedded_rows_come_from_their_shard(tmp_path):
     write_embeddings(tmp_path); data = EmbeddedData(tmp_path, "abc"); b = data.batch([4, 0, 3, 2])
     assert len(data) == 5 and b["zi"][:, 0].tolist() == [4, 0, 3, 2] and b["tokens"].dtype == torch.long and b["text"].shape == (4, 6, 5)
@@ -350,6 +362,11 @@ def test_embedded_errors(tmp_path):
     with pytest.raises(UnclipError, match="no finished embeddings"): EmbeddedData(tmp_path)
     write_embeddings(tmp_path)
     with pytest.raises(UnclipError, match="embedded with CLIP abc, not xyz"): EmbeddedData(tmp_path, "xyz")
+    whole = (tmp_path / "meta.json").read_text()
+    for broken in ("{", "[]", "5"):
+        (tmp_path / "meta.json").write_text(broken)
+        with pytest.raises(UnclipError, match="meta.json is broken"): EmbeddedData(tmp_path)
+    (tmp_path / "meta.json").write_text(whole)
     file = tmp_path / "shard_00001.safetensors"; whole = file.read_bytes(); file.write_bytes(whole[:-7])
     with pytest.raises(UnclipError, match="shard_00001.safetensors is broken"): EmbeddedData(tmp_path)
     file.unlink()

@@ -1,7 +1,10 @@
 "The decoder: conditions, dropout, guidance, independence of the batch, and a loss that a closed form predicts."
-import pytest, torch
+import json
+from collections import Counter
 from dataclasses import replace
-from unclip_nb.core import generator, randn, resize
+from pathlib import Path
+import pytest, torch
+from unclip_nb.core import data_path, generator, randn
 from unclip_nb.decoder import Decoder, DecoderConfig, EmbeddingStats, TextEncoder
 from unclip_nb.diffusion import q_sample
 
@@ -60,6 +63,30 @@ def test_zi_reaches_the_picture_by_both_ways(decoder, batch):
             for p in part.parameters(): p.zero_()
         assert (decoder.denoiser(batch["zi"], batch["tokens"])(x, t).x0 - base).abs().max() > 1e-4
         part.load_state_dict(saved)
+
+@pytest.mark.parametrize("way", ["time embedding", "tokens", "neither"])
+def test_the_caption_reaches_the_picture_by_both_ways(decoder, batch, way, monkeypatch):
+    "With one way cut the other still tells two captions apart; with both cut nothing does."
+    whole = decoder.condition
+    def cut(*args):
+        vector, context = whole(*args)
+        return vector, context if way == "tokens" else torch.cat([context[:, :8] * 0, context[:, 8:]], 1)
+    monkeypatch.setattr(decoder, "condition", cut)
+    if way != "time embedding": torch.nn.init.zeros_(decoder.text_to_time.weight)
+    x, t = randn((6, 3, 16, 16), generator(0)), torch.full((6,), 300)
+    with torch.no_grad(): one, other = (decoder.denoiser(batch["zi"], tokens)(x, t).x0 for tokens in (batch["tokens"], batch["tokens"].flip(0)))
+    assert (one - other).abs().max() > 1e-4 if way != "neither" else torch.equal(one, other)
+
+def test_what_stands_for_nothing_is_learned(decoder, batch):
+    "The null z_i and the padding vectors get gradients where z_i or the caption is hidden, and only there."
+    def gradients(**drop):
+        decoder.zero_grad(); decoder.config = replace(CFG, **drop)
+        decoder.loss(batch, generator(3)).backward()
+        return [0 if p.grad is None else p.grad.abs().sum().item() for p in (decoder.null_zi, decoder.text.padding)] + [decoder.text.padding.grad[:5].abs().sum().item()]
+    null, padding, among_words = gradients(drop_zi=0.0, drop_text=0.0)
+    assert null == 0 and padding > 0 and among_words == 0          # captions of five tokens: behind them there is padding anyway
+    null, padding, among_words = gradients(drop_zi=1.0, drop_text=1.0)
+    assert null > 0 and among_words > 0
 
 def test_hidden_zi_and_caption_cannot_be_heard(decoder, batch):
     decoder.config = replace(CFG, drop_zi=1.0, drop_text=1.0)
@@ -162,6 +189,17 @@ def test_the_bound_teaches_the_variance_alone(unsure, batch):
     plain.eval(); plain.loss(batch, generator(2)).backward()
     assert torch.allclose(plain.unet.out.weight.grad, mean, atol=1e-5)
 
+def test_the_bounds_weight_counts_the_bound_alone(unsure, batch):
+    "The loss is linear in vlb_weight: at 0 the simple loss, and the paper's 0.001 is the default."
+    losses = {}
+    for w in (0.0, 1e-5, 1e-3): unsure.config = replace(unsure.config, vlb_weight=w); losses[w] = unsure.loss(batch, generator(3)).item()
+    bound = (losses[1e-3] - losses[0.0]) / 1e-3
+    assert bound > 0 and losses[1e-5] - losses[0.0] == pytest.approx(1e-5 * bound, rel=0.05)
+    unsure.config = replace(unsure.config, learned_variance=False)
+    unsure.network = lambda *a, real=unsure.network: real(*a)[:, :3]                    # the same answers without the other half
+    assert unsure.loss(batch, generator(3)).item() == pytest.approx(losses[0.0], rel=1e-5)
+    assert DecoderConfig().vlb_weight == DecoderConfig.paper().vlb_weight == 0.001 and DecoderConfig.tiny().vlb_weight < 0.001
+
 def test_ddpm_uses_the_learned_variance_and_samplers_are_named(unsure, batch):
     from unclip_nb.core import UnclipError
     z, tok = batch["zi"][:2], batch["tokens"][:2]
@@ -172,7 +210,36 @@ def test_ddpm_uses_the_learned_variance_and_samplers_are_named(unsure, batch):
     for bad, word in ((dict(sampler="euler"), "ddim, ddpm or dpm"), (dict(sampler="dpm", eta=0.5), "deterministic"), (dict(sampler="ddpm", eta=0.5), "its own noise")):
         with pytest.raises(UnclipError, match=word): draw(**bad)
 
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("sampler", ["ddim", "dpm", "ddpm"])
+def test_conditions_are_encoded_once_a_sampling(unsure, batch, sampler, guidance):
+    "Text encoder, z_i's tokens, and every layer's keys and values of the context: once, however many steps."
+    calls, layers = Counter(), [a.context_kv for a in unsure.unet.attentions()]
+    for name, module in [("text", unsure.text), ("zi", unsure.zi_to_tokens), *enumerate(layers), ("steps", unsure.unet)]:
+        module.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    unsure.sample(batch["zi"], batch["tokens"], guidance=guidance, steps=5, sampler=sampler, generator=generator(0))
+    assert len(layers) > 1 and calls == {"text": 1, "zi": 1, "steps": 5} | dict.fromkeys(range(len(layers)), 1)
+
 def test_sizes_of_the_paper():
     from unclip_nb.core import count_parameters
     with torch.device("meta"): n = count_parameters(Decoder(DecoderConfig.paper()))
     assert abs(n / 3.5e9 - 1) < 0.05                               # Table 3: 3.5B
+
+# -- the study of the shipped decoder -----------------------------------------------------------------------------------------
+@pytest.fixture
+def study_of(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent/"benchmarks"))
+    import decoder_study
+    return decoder_study
+
+def test_fingerprint_survives_saving_and_hears_every_weight(decoder, study_of, tmp_path):
+    before = study_of.fingerprint(decoder)
+    decoder.save_pretrained(tmp_path)
+    assert study_of.fingerprint(Decoder.from_pretrained(tmp_path)) == before and len(before) == 12
+    with torch.no_grad(): decoder.unet.out.bias[0] += 1
+    assert study_of.fingerprint(decoder) != before
+
+def test_the_study_is_of_the_shipped_decoder(study_of):
+    found, shipped = json.loads((data_path("tiny")/"study.json").read_text()), Decoder.from_pretrained(data_path("tiny")/"decoder")
+    assert found["decoder"] == shipped.config.clip_fingerprint
+    assert found["decoder_weights"] == study_of.fingerprint(shipped), "other weights since: python benchmarks/decoder_study.py"

@@ -1,5 +1,5 @@
 "Schedules, targets and samplers against diffusers, plain-Python formulas and closed forms."
-import copy, math
+import copy, math, subprocess, sys
 import numpy as np, pytest, torch
 from unclip_nb.core import UnclipError, generator, randn
 from unclip_nb.diffusion import (Prediction, Schedule, TARGETS, bits_per_dim, ddim_sample, ddpm_sample, dpm_sample, even_snr, guided, hybrid_loss,
@@ -402,6 +402,36 @@ def test_hybrid_loss_is_the_sum_and_the_mean_is_detached():
             assert torch.equal(grad[:, :3], alone[:, :3]) and alone[:, 3:].abs().sum() == 0 and grad[:, 3:].abs().sum() > 0
     half = hybrid_loss(s, "v", out.detach().bfloat16(), x0.float(), noise.float(), t)
     assert half.dtype == torch.float32 and torch.isfinite(half)
+
+
+COMPILED = """
+import torch
+from unclip_nb.diffusion import Schedule, hybrid_loss
+s = Schedule()
+g = torch.Generator().manual_seed(0)
+x0, noise, t = torch.rand(6, 3, 4, 4, generator=g) * 2 - 1, torch.randn(6, 3, 4, 4, generator=g), torch.tensor([0, 1, 0, 500, 999, 3])
+def run(f):
+    out = torch.randn(6, 6, 4, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    loss = f(s, "x0", out, x0, noise, t); loss.backward()
+    return loss.detach(), out.grad
+breaks = torch._dynamo.explain(hybrid_loss)(s, "x0", torch.zeros(6, 6, 4, 4), x0, noise, t).break_reasons      # with fullgraph=True alone shapes from data pass
+assert not breaks, breaks
+compiled = torch.compile(hybrid_loss, fullgraph=True, backend="eager")
+for a, b in zip(run(compiled), run(hybrid_loss)): torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+"""
+
+def test_hybrid_loss_is_one_graph_whatever_the_steps():
+    "Which rows are at t = 0 is data: were it a shape, compiling would fall back to Python in the middle of the loss."
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, timeout=600)     # without the checks of shapes
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_rows_elsewhere_do_not_poison_the_gradient_of_the_pixels():
+    "Every row goes through both formulas; what it is not asked for must not send back infinities."
+    (x0, noise, v), s, t = parts(), Schedule(), torch.tensor([0, 1, 500, 999])
+    mix, guess = (2 * v.float()).requires_grad_(), (10 * noise.float()).requires_grad_()
+    vlb_terms(s, Prediction(guess, guess, mix), x0.float(), t)[1:].sum().backward()
+    for x in (guess, mix): assert torch.isfinite(x.grad).all() and x.grad[0].abs().sum() == 0 and (x.grad[1:].abs().amax((1, 2, 3)) > 0).all()
 
 
 def test_the_best_mix_is_the_analytic_variance():

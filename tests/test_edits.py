@@ -1,9 +1,10 @@
 "Moves in the bipartite latent: slerp against scipy and by hand, and that every edit begins at the picture itself."
-import math
+import json, math, sys
+from pathlib import Path
 import pytest, torch
 import torch.nn.functional as F
 from PIL import Image
-from unclip_nb.core import UnclipError, generator, randn, to_pil
+from unclip_nb.core import UnclipError, data_path, generator, randn, to_pil
 from unclip_nb.edits import (angle, as_latent, frames, interpolate, interpolation_path, pca_path, pca_sweep, slerp, text_diff, text_diff_path,
                              text_direction, variation_path, variations)
 from unclip_nb.pca import PCA
@@ -145,6 +146,7 @@ def test_pca_sweep(model, images, latent, again):
     assert close(whole, again[:1], 5e-3)
     fixed = pca_sweep(model, images[0], None, (1, d), **HOW)                              # the AR prior's own
     assert close(fixed[1:], model.decode(latent.zi[:1], steps=3, upsample=False), 5e-3) and not close(fixed[0], fixed[1], 1e-2)
+    assert close(pca_sweep(model, latent[0], None, (1, d), upsample=False), fixed, 5e-3)  # a latent says in how many steps
 
 def test_a_picture_may_be_anything(model, images, tmp_path):
     to_pil(images[0]).resize((70, 50)).save(tmp_path/"a.png")
@@ -169,3 +171,53 @@ def test_clear_errors(model, images, latent, tmp_path):
     with no("fixed or inverted"): pca_sweep(model, latent[0], ks=(1,), noise="slerp")
     with no("components"): pca_sweep(model, latent[0], ks=(1000,), upsample=False)
     with no("at least one"): pca_sweep(model, latent[0], ks=())
+
+# the judged table
+
+@pytest.fixture(scope="module")
+def bench():
+    "benchmarks/edits.py as a module."
+    folder = str(Path(__file__).parent.parent/"benchmarks"); sys.path.insert(0, folder)
+    try: import edits
+    finally: sys.path.remove(folder)
+    return edits
+
+def test_the_judged_table_belongs_to_the_shipped_weights(model, bench):
+    stored = json.loads((data_path("tiny")/"edits.json").read_text())
+    made_with = {"clip": model.clip.fingerprint, "decoder": bench.fingerprint(model.decoder)}
+    assert {k: stored.get(k) for k in made_with} == made_with, "data/tiny/edits.json is of other weights: run benchmarks/edits.py"
+    assert stored["n"] >= 64 and stored["steps"] == 50
+    for kind in ("color", "shape", "size", "background"):
+        for base, least in (("described", 4), ("empty", 3)):
+            rows = {r["theta"]: r for r in stored["rows"] if (r["kind"], r["base"]) == (kind, base)}
+            assert len(rows) >= least and 0 in rows and all(r["n"] == stored["n"] and r["place"] <= r["both"] <= min(r["changed"], r["stayed"]) <= r["n"] for r in rows.values())
+            assert rows[0]["changed"] == 0                                                # a reconstruction is no edit
+
+def test_rows_of_other_weights_are_not_kept(bench, model, tmp_path):
+    out, rows = tmp_path/"edits.json", [dict(kind=k, base="empty", theta=t, n=1) for k in ("shape", "color") for t in (0.5, 0)]
+    made = bench.settings(model, 1, 3, 0)
+    assert bench.kept(out, made) == [] and made["clip"] != made["decoder"]
+    bench.save(out, made, rows)
+    assert [(r["kind"], r["theta"]) for r in bench.kept(out, made)] == [("color", 0), ("color", 0.5), ("shape", 0), ("shape", 0.5)] and not list(tmp_path.glob("*.part"))
+    assert bench.kept(out, made | {"decoder": "0123456789ab"}) == [] == bench.kept(out, made | {"steps": 4})
+
+@pytest.mark.parametrize("kind", ["color", "shape", "size", "background"])
+def test_the_judge_of_edits(bench, kind):
+    scenes = [s for s in (scene_at(i, "valid") for i in range(30)) if len(s.objects) == 1][:8]
+    wanted = [bench.changed(s, kind, generator("judge", i)) for i, s in enumerate(scenes)]
+    drawn, asleep = render(wanted, 32), render(scenes, 32)
+    assert bench.judged(drawn, wanted, kind) == dict(changed=8, stayed=8, both=8, place=8)
+    assert bench.judged(asleep, wanted, kind) == dict(changed=0, stayed=8, both=0, place=0)
+    assert bench.judged(torch.zeros_like(drawn), wanted, kind)["both"] == 0
+    other = {"background": "color"}.get(kind, "background")                               # the wish came true, and something else went
+    spoilt = [bench.changed(s, other, generator("spoil", i)) for i, s in enumerate(wanted)]
+    assert bench.judged(render(spoilt, 32), wanted, kind) == dict(changed=8, stayed=0, both=0, place=0)
+
+def test_the_bench_goes_on_where_it_was_stopped(bench, tmp_path, capsys):
+    how = dict(weights="tiny", n=1, steps=2, seed=0, batch_size=4, device="cpu", out=tmp_path/"edits.json")
+    bench.run(thetas=[0, 0.5, 0.6], **how)
+    first = json.loads(how["out"].read_text())
+    assert [sum(r["base"] == b for r in first["rows"]) for b in ("described", "empty")] == [12, 8]        # the empty base at every second theta
+    how["out"].write_text(json.dumps(first | {"rows": first["rows"][:-3]})); capsys.readouterr()
+    bench.run(thetas=[0, 0.5, 0.6], **how)
+    assert json.loads(how["out"].read_text()) == first and "17 of 20 rows are there" in capsys.readouterr().out

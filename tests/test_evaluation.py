@@ -1,7 +1,10 @@
-"The judge: intervals against the binomial distribution, marks of true, changed and empty pictures."
-import math, pytest, torch
+"The judge: intervals against the binomial distribution, marks of true, changed and empty pictures; routes with the truth put in."
+import inspect, math, pytest, torch
+from pathlib import Path
+from unclip_nb import evaluation
 from unclip_nb.core import UnclipError, generator
-from unclip_nb.evaluation import KINDS, Marks, exam, judge, table, wilson
+from unclip_nb.evaluation import KINDS, Marks, evaluate, exam, judge, prior_exam, routes, table, take_exam, wilson, zi_sources
+from unclip_nb.pipeline import UnCLIP
 from unclip_nb.shapes import EIGHT_CAPTIONS, EIGHT_SCENES, UNSEEN, caption, render
 
 def test_wilson_solves_its_equation():
@@ -55,3 +58,31 @@ def test_table_has_a_row_each():
     m = Marks(); m.asked["all"] = 8; m.right["all"] = 6
     text = table({("one object", "prior"): m})
     assert len(text.splitlines()) == 2 and "75.0" in text
+
+# -- routes, on the shipped weights ------------------------------------------------------------------------------------------
+WEIGHTS = Path(__file__).parent.parent / "data" / "tiny"
+
+@pytest.fixture(scope="module")
+def model():
+    if not (WEIGHTS/"unclip.json").exists(): pytest.skip("no shipped weights")
+    return UnCLIP.from_pretrained(str(WEIGHTS), device="cpu")
+
+def test_the_truth_is_upsampled_with_as_many_steps_as_decoded_pictures(model, monkeypatch):
+    steps, sample = [], model.upsampler1.sample
+    monkeypatch.setattr(model.upsampler1, "sample", lambda low, **kw: steps.append(kw["steps"]) or sample(low, **kw))
+    marks, images = take_exam(model, "one object", 2, routes(model)["upsampled truth"])
+    assert marks.share() == 1 and images.shape == (2, 3, 128, 128)                   # the truth itself, but for what the upsampler loses
+    take_exam(model, "one object", 1, routes(model, steps=1)["z_t as z_i"])
+    assert steps == [inspect.signature(UnCLIP.decode).parameters["up_steps"].default] * 2
+
+def test_sources_are_fitted_once_for_all_exams(model, monkeypatch):
+    fits, pairs = [], evaluation.training_pairs
+    monkeypatch.setattr(evaluation, "training_pairs", lambda *a: fits.append(a[1]) or pairs(*a))
+    sources = zi_sources(model, 20); names = set(sources)
+    assert fits == [20] and {"linear map", "nearest"} < names and names - {"linear map", "nearest"} == set(zi_sources(model))
+    rows = prior_exam(model, 4, draws=2, fitted=20, sources=sources)
+    marks = evaluate(model, 1, steps=1, progress=False, sources=sources)
+    assert fits == [20] and set(sources) == names and set(marks) == {(k, n) for k in KINDS for n in {"upsampled truth", *names}}
+    again = prior_exam(model, 4, draws=2, fitted=20)
+    assert fits == [20, 20] and all({**rows[k], "ms": 0} == pytest.approx({**again[k], "ms": 0}, abs=1e-5) for k in rows)
+    assert rows["linear map"]["diversity"] == pytest.approx(0, abs=1e-5) and rows["diffusion prior"]["diversity"] > 1e-3

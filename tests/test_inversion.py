@@ -1,5 +1,6 @@
 "DDIM inversion against diffusers, against closed forms, and against the sampler that it inverts."
-import math
+import json, math, sys
+from pathlib import Path
 import pytest, torch
 from unclip_nb.core import UnclipError, generator, randn
 from unclip_nb.diffusion import Prediction, Schedule, ddim_sample, mixture_denoiser, respace
@@ -152,6 +153,66 @@ def test_clear_errors(exact, points):
     with pytest.raises(UnclipError, match="1001"): ddim_invert(exact, points, SCHEDULE, 1001)
     with pytest.raises(UnclipError, match="start further down"): ddim_invert(exact, points, SCHEDULE, 5, start=999)
     with pytest.raises(UnclipError, match="steps"): ddim_invert(exact, points, SCHEDULE, "snrx")
+
+@pytest.fixture(scope="module")
+def benchmark():
+    "benchmarks/inversion.py as a module."
+    sys.path.insert(0, str(Path(__file__).parent.parent/"benchmarks"))
+    try: import inversion
+    finally: sys.path.pop(0)
+    return inversion
+
+@pytest.fixture(scope="module")
+def model():
+    "A system that has learned nothing."
+    from dataclasses import replace
+    from unclip_nb.clip import CLIP, CLIPConfig
+    from unclip_nb.core import data_path
+    from unclip_nb.decoder import Decoder, DecoderConfig
+    from unclip_nb.pipeline import UnCLIP
+    torch.manual_seed(0)
+    clip = CLIP(CLIPConfig.nano(), CLIP.from_pretrained(data_path("tiny")/"clip").tokenizer)
+    decoder = Decoder(replace(DecoderConfig.nano(), channels=16, res_blocks=1, head_channels=16, clip_dim=clip.dim, clip_fingerprint=clip.fingerprint))
+    with torch.no_grad():
+        for p in decoder.parameters(): p.add_(0.05 * torch.randn_like(p))         # a fresh one answers 0, whatever it is asked
+    return UnCLIP(clip, None, decoder)
+
+def test_the_benchmark_measures_what_is_missing(benchmark, model, tmp_path, capsys, monkeypatch):
+    out = tmp_path/"table.json"
+    monkeypatch.setattr(benchmark.UnCLIP, "from_pretrained", lambda name, device: model)
+    def run(*args): benchmark.main(["--weights", "mine", "--out", str(out), *map(str, args)]); return json.loads(out.read_text())
+    table = run("--steps", 5, 3, "--refine", 0, 1, "--n", 2)
+    assert [(r["steps"], r["refine"], r["n"]) for r in table["rows"]] == [(3, 0, 2), (3, 1, 2), (5, 0, 2), (5, 1, 2)]
+    first = table["rows"][0]
+    assert {k: first[k] for k in benchmark.SHIPPED} == benchmark.SHIPPED | dict(steps=3) and len(first["each"]) == 2
+    assert first["mean"] == pytest.approx(sum(first["each"]) / 2, abs=0.01) and first["min"] == pytest.approx(min(first["each"]), abs=0.01)
+    assert first["below_25"] == sum(d < 25 for d in first["each"]) / 2 and (table["clip"], table["decoder"]) == (model.clip.fingerprint, benchmark.fingerprint(model.decoder))
+    first["each"][0] = 99.0; out.write_text(json.dumps(table))                                    # a row that is there is not measured again ...
+    table = run("--steps", 3, "--n", 1, "--convention", "target", "current", "--skip-last", 0, 1, "--start", 0, 50)
+    assert len(table["rows"]) == 4 + 7 and sum(99.0 in r["each"] for r in table["rows"]) == 1
+    assert table["ceiling"]["n"] == 2
+    assert "99.0" not in str(run("--steps", 3, "--n", 3)["rows"])                                  # ... unless more pictures are wanted,
+    out.write_text(json.dumps(table | dict(decoder="0123456789ab")))
+    assert [r["steps"] for r in run("--steps", 4, "--n", 1)["rows"]] == [4]                        # or the weights are others
+    assert "below 25 dB" in capsys.readouterr().out
+
+def test_the_benchmark_walks_as_the_product_does(benchmark, model):
+    from unclip_nb.shapes import render, scene_at
+    x0 = render([scene_at(i, "unseen") for i in range(3)], model.decoder.config.image_size)
+    latent = model.invert(x0, 30)
+    again = model.decode(latent.zi, x_T=latent.x_T, steps=30, upsample=False)
+    db, sizes = benchmark.trip(model, x0, **benchmark.SHIPPED | dict(steps=30), batch_size=2)
+    assert db.std() > 0.1 and torch.allclose(db, benchmark.decibels(again, x0), atol=0.05) and torch.allclose(sizes, latent.x_T.square().mean((1, 2, 3)).sqrt(), rtol=1e-3)
+
+def test_the_stored_table_is_whole_of_these_weights_and_reaches_its_goals(benchmark):
+    from unclip_nb.core import data_path
+    from unclip_nb.pipeline import UnCLIP
+    table, model = json.loads((data_path("tiny")/"inversion.json").read_text()), UnCLIP.from_pretrained("tiny", device="cpu")
+    assert (table["clip"], table["decoder"]) == (benchmark.fingerprint(model.clip), benchmark.fingerprint(model.decoder)), "run benchmarks/inversion.py again"
+    rows = {benchmark.key(r): r for r in table["rows"]}
+    assert {benchmark.key(how) for how in benchmark.PLAN} <= set(rows)
+    at = lambda steps: rows[benchmark.key(benchmark.SHIPPED | dict(steps=steps))]["mean"]
+    assert at(50) >= 25 and at(250) >= 30
 
 def test_the_shipped_decoder_gets_its_picture_back():
     "Loosely tied to the promise of 25 dB at 50 steps, for pictures of unseen pairs; fewer steps and pictures here, to be quick."

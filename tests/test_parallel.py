@@ -8,7 +8,7 @@ from unclip_nb import cli, core, data
 
 STEPS, BATCH = 3, dict(clip=16, prior=16, ar_prior=16, decoder=4, upsampler1=2, upsampler2=1)
 SIZES = dict(clip=dict(vision_width=8, text_width=32, text_layers=1), prior=dict(width=32, layers=1, heads=2), ar_prior=dict(width=32, layers=1, heads=2),
-             decoder=dict(channels=16, res_blocks=1, head_channels=16, text_layers=1, text_width=32, text_heads=2, whiten=False), upsampler1=dict(channels=16), upsampler2=dict(channels=16))
+             decoder=dict(channels=16, res_blocks=1, head_channels=16, text_layers=1, text_width=32, text_heads=2, whiten=False, learned_variance=True), upsampler1=dict(channels=16), upsampler2=dict(channels=16))
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]                 # `accelerate-launch`, which is `accelerate launch`
 COMMAND = "import unclip_nb.cli as cli\ncli.stage_preview = lambda *a: None   # pictures of untrained networks: slow, and no part of this\ncli.main()\n"
 Batches = data.Batches
@@ -17,7 +17,7 @@ def flags(out, stages=cli.STAGES):
     "The command's words: a few steps of tiny networks, every loss logged, one recipe for all."
     words = ["--preset", "nano", "--out", out, "--device", "cpu"]
     for s in stages:
-        for k, v in SIZES[s].items(): words += [f"--{s}.model.{k}" if v is not False else f"--{s}.model.no-{k}"] + ([v] if v is not False else [])
+        for k, v in SIZES[s].items(): words += [f"--{s}.model.{'no-' if v is False else ''}{k}"] + [v] * (not isinstance(v, bool))
         for k, v in dict(steps=STEPS, batch_size=BATCH[s], log_every=1, lr=1e-3, warmup=1, schedule="constant", preview_every=9).items(): words += [f"--{s}.train.{k}", v]
     return [str(w).replace("_", "-") if str(w).startswith("--") else str(w) for w in words]
 
@@ -38,6 +38,7 @@ def pair(tmp_path_factory):
 
 def test_all_stages_and_one_system(pair):
     assert json.loads((pair/"unclip.json").read_text())["stages"] == list(cli.STAGES)
+    assert json.loads((pair/"decoder"/"config.json").read_text())["learned_variance"]        # its loss is the hybrid one
     for s in cli.STAGES:
         state = json.loads((sorted((pair/s/"checkpoints").iterdir())[-1]/"state.json").read_text())
         assert state["processes"] == 2 and len(log(pair/s)) == STEPS and (pair/s/"run.json").exists()

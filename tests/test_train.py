@@ -319,7 +319,7 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
         return folder
     def edit(**kw): return lambda c, w: c.write_text(json.dumps(json.loads(c.read_text()) | kw))
     cases = {"no folder": tmp_path / "none", "model.safetensors is missing": broken("a", lambda c, w: w.unlink()),
-             "config.json is missing": broken("b", lambda c, w: c.unlink()), "config.json is not JSON": broken("c", lambda c, w: c.write_text("{")),
+             "config.json is missing": broken("b", lambda c, w: c.unlink()), "config.json is not JSON": broken("c", lambda c, w: c.write_text("{")), "config.json is not JSON of named": broken("j", lambda c, w: c.write_text("[]")),
              "damaged or truncated": broken("d", lambda c, w: w.write_bytes(w.read_bytes()[:-3])), "damaged": broken("e", lambda c, w: w.write_bytes(b"")),
              r"'net.0.weight' is \(8, 3\), the config makes it \(16, 3\)": broken("f", edit(width=16)),
              "unknown field 'depth'": broken("g", edit(depth=3)), "width must be even": broken("h", edit(width=7))}
@@ -329,6 +329,12 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
         class More(Toy):
             def __init__(self, config:ToyConfig): super().__init__(config); self.extra = nn.Parameter(torch.zeros(1))
         toy().save_pretrained(tmp_path / "i"); More.from_pretrained(tmp_path / "i")
+
+def test_a_hub_id_is_downloaded_and_loaded(tmp_path, monkeypatch):
+    kept = toy(); kept.save_pretrained(tmp_path / "snapshot"); asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **kw: asked.append((name, kw.get("revision"))) or str(tmp_path / "snapshot"))
+    again = Toy.from_pretrained("someone/toy", revision="v1")
+    assert asked == [("someone/toy", "v1")] and all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), kept.state_dict().values()))
 
 def test_nested_tuples_come_back():
     @dataclass

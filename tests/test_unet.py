@@ -190,10 +190,12 @@ for kw in (dict(), dict(checkpoint=True)):
     same(gradients(net, inputs()), gradients(small(channel_mult=(1,), attention=(16,)), inputs()), 1e-5)
 """
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])         # the same graphs, run operation by operation or as kernels
+# What compiling gives is for GPUs: on the 2-core EPYC that made the weights, a compiled step of the decoder's hybrid loss took 4.7 s against 0.37 s (measured while `vlb_terms` still broke the graph).
+INDUCTOR = bool(os.environ.get("UNCLIP_INDUCTOR") and shutil.which("g++"))
+WHY = "builds C++ kernels, which takes minutes: to run it, set UNCLIP_INDUCTOR=1 in the environment and have g++"
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.skipif(not INDUCTOR, reason=WHY))])   # the same graphs, run operation by operation or as kernels
 def test_compiled_gives_the_same_gradients(backend):
-    if backend == "inductor" and not (os.environ.get("UNCLIP_INDUCTOR") and shutil.which("g++")):
-        pytest.skip("compiling kernels takes minutes and g++: set UNCLIP_INDUCTOR=1")
     done = subprocess.run([sys.executable, "-c", COMPILED, str(Path(__file__).parent), backend], capture_output=True, text=True, timeout=1800)  # without the checks of shapes
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -272,7 +274,7 @@ from test_unet import curve
 torch.testing.assert_close(curve(Path(sys.argv[2])/"compiled", compile=True), curve(Path(sys.argv[2])/"plain"), rtol=1e-4, atol=0)
 """
 
-@pytest.mark.skipif(not (os.environ.get("UNCLIP_INDUCTOR") and shutil.which("g++")), reason="compiling kernels takes minutes and g++: set UNCLIP_INDUCTOR=1")
+@pytest.mark.skipif(not INDUCTOR, reason=WHY)
 def test_a_compiled_training_run_gives_the_same_losses(tmp_path):
     done = subprocess.run([sys.executable, "-c", RUN, str(Path(__file__).parent), str(tmp_path)], capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stderr[-2000:]

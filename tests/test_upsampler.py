@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from unclip_nb.core import UnclipError, count_parameters, generator, randn, resize
-from unclip_nb.degradations import bsr_degrade
+from unclip_nb.degradations import blur_some, bsr_degrade
 from unclip_nb.diffusion import ddim_sample, predict, q_sample, target
 from unclip_nb.shapes import render, scene_at
 from unclip_nb.unet import UNet
@@ -108,6 +108,14 @@ def test_blur_happens_to_its_share_only(monkeypatch):
         share.append((seen["big"] - enlarge(resize(x0, 8))).flatten(1).abs().amax(1).gt(1e-5).double().mean().item())
     assert share[0] == 0 and 0.35 < share[1] < 0.65 and share[2] == 1
 
+def test_a_range_of_blur_gives_every_picture_its_own():
+    x0 = pictures(40)
+    small, (real, given) = resize(x0, 8), model(blur_p=1., blur_sigma=(0.3, 2.), crop=1.0).pairs(x0, generator("range"))
+    assert torch.equal(real, x0) and torch.equal(given, enlarge(blur_some(small, 1., generator("range"), (0.3, 2.))))
+    lost = lambda sigma: (model(blur_p=1., blur_sigma=sigma, crop=1.0).pairs(x0, generator("range"))[1] - enlarge(small)).flatten(1).norm(dim=1)
+    least, some, most = lost(0.3), lost((0.3, 2.)), lost(2.)
+    assert (least < some).all() and (some < most).all() and (some / most).std() > 0.1
+
 @pytest.mark.parametrize("kind", ["bsr", "bsr_light"])
 def test_bsr_spoils_its_share_of_the_crops(kind):
     x0 = pictures(30)
@@ -130,6 +138,20 @@ def test_loss_is_a_function_of_its_generator_and_takes_any_size():
     assert torch.equal(net.loss({"image": x0}, generator(3)), net.loss({"image": x0}, generator(3)))
     assert not torch.equal(net.loss({"image": x0}, generator(3)), net.loss({"image": x0}, generator(4)))
     assert net({"image": pictures(4, 64)}, generator(3)).isfinite()     # forward is loss; larger pictures are averaged down first
+
+def learned(**kw):
+    "Loss and all gradients of a training step, dropout included."
+    net = model(dropout=0.3, target="x0", **kw).train(); torch.manual_seed(3)
+    loss = net.loss({"image": pictures(4)}, generator("learned")); loss.backward()
+    return loss.detach(), torch.cat([p.grad.flatten() for p in net.parameters()])
+
+def test_checkpointing_changes_neither_loss_nor_gradients(monkeypatch):
+    import unclip_nb.unet as unet
+    calls, checkpoint = [], unet.checkpoint
+    monkeypatch.setattr(unet, "checkpoint", lambda *a, **kw: calls.append(0) or checkpoint(*a, **kw))
+    plain = learned(); assert not calls and plain[1].norm() > 0
+    torch.testing.assert_close(learned(checkpoint=True), plain, rtol=1e-5, atol=1e-7)
+    assert calls and Upsampler2Config(checkpoint=True).unet.checkpoint and not UpsamplerConfig().unet.checkpoint
 
 # -- the sampler -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["eps", "x0", "v"])
@@ -217,7 +239,7 @@ def test_a_crop_that_does_not_fit_is_named(crop):
     with pytest.raises(UnclipError, match="multiple of the U-Net's stride"): Upsampler(little(crop=crop))
 
 def test_saves_and_loads(tmp_path):
-    net = model(); net.save_pretrained(tmp_path / "up")
+    net = model(blur_sigma=(0.2, 0.9)); net.save_pretrained(tmp_path / "up")
     again, low = Upsampler.from_pretrained(tmp_path / "up"), resize(pictures(1), 8)
     assert again.config == net.config
     assert torch.equal(again.sample(low, 3, generator(0)), net.sample(low, 3, generator(0)))

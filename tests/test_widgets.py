@@ -1,6 +1,6 @@
 """The widgets: first in Python, then in a real browser. Chromium comes from the system (as root, apt fetches it when it is missing); without one the
 browser's tests are skipped, and say so. Screenshots go to the folder named by SHOTS."""
-import base64, io, json, os, re, shutil, socket, subprocess, sys, threading, time, urllib.error, urllib.request
+import base64, io, json, os, re, shutil, socket, subprocess, sys, threading, time, urllib.error, urllib.request, warnings
 from pathlib import Path
 import pytest
 import torch
@@ -54,6 +54,12 @@ def test_sliders_choose_picture_label_frame_and_ends():
     assert [i for i, t in enumerate(w.thumbs) if "scrub-now" in t._dom_classes] == [4]
     assert [(p.value, t.value) for p, t in w.ends] == [(as_jpeg(tint(3)), "θ = 0"), (as_jpeg(tint(5)), "θ = 1")]
 
+def test_a_move_costs_milliseconds():
+    "The quickest of forty: other work on the machine can make some of them slow, not all."
+    w, took = Scrubber("", "", {"row": "ab", "x": range(9)}, tinted(18)).start().wait(), []
+    for k in range(1, 41): t = time.perf_counter(); w.sliders[1].value = k % 9; took.append(time.perf_counter() - t); assert w.picture.value == as_jpeg(tint(k % 9))
+    assert min(took) < 0.01
+
 def test_labels_of_pictures_are_said_and_forgotten():
     said = iter(["first", "second"])
     def draw(): yield tint(0)[None], [next(said)]
@@ -66,9 +72,9 @@ def gated(n=3):
         for k in range(n): gate.acquire(); yield tint(k)[None]
     return gate, draw
 
-def until(true, seconds=10):
+def until(true, seconds=10, pause=0.002):
     end = time.time() + seconds
-    while not true(): assert time.time() < end, "not in time"; time.sleep(0.002)
+    while not true(): assert time.time() < end, "not in time"; time.sleep(pause)
 
 def test_pictures_can_be_looked_at_before_all_are_there():
     gate, draw = gated(); w = Scrubber("", "", {"x": range(3)}, draw).start()
@@ -157,6 +163,24 @@ def test_each_widget_shows_what_its_edit_draws(model):
     pictures, titles = explore_priors(model, captions[0], 2, pool, steps=2)
     assert same(shots(w), torch.cat([pictures[0::2], pictures[1::2]])) and w.labels[1].endswith(titles[2])
 
+def reseed(w, times=1):
+    "Click so often without a pause, wait for every thread that a click began: what is then to be seen."
+    button, threads = next(x for x in w.children[1].children if "scrub-reseed" in x._dom_classes), []
+    for _ in range(times): button.click(); threads.append(w.thread)
+    for t in threads: t.join()
+    return [t.value for t in w.wait().thumbs]
+
+def test_reseed_draws_anew_what_is_noise_and_nothing_else(model):
+    a = PICTURES[list(PICTURES)[0]]; w = variations_widget(model, {"a": a}, 2, (0.0, 1.0), **QUICK)
+    first, second = shots(w), reseed(w)
+    assert first[0::2] == second[0::2]                                               # eta 0: the picture, whatever the seed
+    assert not set(first[1::2]) & set(second[1::2])
+    assert same(second[1::2], variations(model, a, 2, 1.0, seed=1, **QUICK))
+    last = reseed(w, 3)                                                              # the first two give up and write nothing
+    assert same(last[1::2], variations(model, a, 2, 1.0, seed=4, **QUICK)) and w.bar.value == 4 and not w.job
+    w = interpolation_widget(model, n=3, **QUICK); first, second = shots(w), reseed(w)
+    assert first[:3] == second[:3] and not set(first[3:]) & set(second[3:])          # slerped x_T is the pictures'; fixed x_T is a draw
+
 @pytest.mark.parametrize("make, field", [(text_diff_widget, "to"), (caption_widget, "caption"), (priors_widget, "caption")])
 def test_an_empty_caption_is_said_before_anything_is_computed(model, make, field):
     w = make(model)
@@ -221,13 +245,18 @@ def stop(p):
 
 @pytest.fixture(scope="module")
 def notebooks(tmp_path_factory):
-    "A copy of nbs/. The widgets' notebook has a last cell of our own; its strips, which nbval runs, are left out."
+    "Copies of nbs/, not run yet. The widgets' has a last cell of our own and not its strips, which nbval runs; toy is its beginning, up to the toy; index ends with its first picture."
     home = tmp_path_factory.mktemp("copy")/"nbs"
     shutil.copytree(ROOT/"nbs", home, ignore=shutil.ignore_patterns(".ipynb_checkpoints", "solutions"))
-    name = home/"17_widgets.ipynb"; nb = json.loads(name.read_text("utf8"))
-    nb["cells"] = [c for c in nb["cells"] if ".wait().as_html())" not in "".join(c["source"])]
-    nb["cells"].append(dict(cell_type="code", id="probe", metadata={}, outputs=[], execution_count=None, source='print("I am", "free")'))
-    name.write_text(json.dumps(nb), "utf8")
+    def code(source, **how): return dict(cell_type="code", id="probe", metadata={}, outputs=[], execution_count=None, source=source) | how
+    def copy(name, to, choose):
+        nb = json.loads((ROOT/"nbs"/f"{name}.ipynb").read_text("utf8"))
+        cells = [code("".join(c["source"]), id=c["id"], metadata=c["metadata"]) if c["cell_type"] == "code" else c for c in nb["cells"]]
+        (home/f"{to}.ipynb").write_text(json.dumps(nb | dict(cells=choose(cells))), "utf8")
+    def until_cell(pattern): return lambda cells: cells[:1 + next(i for i, c in enumerate(cells) if c["cell_type"] == "code" and re.search(pattern, c["source"]))]
+    copy("17_widgets", "17_widgets", lambda cells: [c for c in cells if ".wait().as_html())" not in c["source"]] + [code('print("I am", "free")')])
+    copy("17_widgets", "toy", until_cell(r"\ntoy$"))
+    copy("index", "index", until_cell(r"(^|\n)show_images\("))
     return home
 
 @pytest.fixture(scope="module")
@@ -237,9 +266,9 @@ def lab(chromium, notebooks, tmp_path_factory):
                    "/api/status", tmp_path_factory.mktemp("lab"))
     yield url; stop(p)
 
-@pytest.fixture(scope="module")
-def voila(chromium, tmp_path_factory):
-    p, url = serve([sys.executable, str(ROOT/"tools"/"app.py"), "--no-browser", "--Voila.ip=127.0.0.1"], "/voila/nothing", tmp_path_factory.mktemp("voila"))
+@pytest.fixture
+def voila(chromium, tmp_path):
+    p, url = serve([sys.executable, str(ROOT/"tools"/"app.py"), "--no-browser", "--Voila.ip=127.0.0.1"], "/voila/nothing", tmp_path)
     yield url; stop(p)
 
 BYTES = "async el => { const b = new Uint8Array(await (await fetch(el.src)).arrayBuffer()); return btoa(Array.from(b, x => String.fromCharCode(x)).join('')) }"
@@ -279,12 +308,29 @@ class Card:
         for _ in range(times): self.page.keyboard.press(key)
     def lag(self, keys):
         "Milliseconds from a key to a new picture, each."
-        self.picture.evaluate("""im => { window.lat = []; const seen = new MutationObserver(() => window.lat.push(performance.now() - window.t0));
-                                         seen.observe(im, {attributes: true, attributeFilter: ['src']});
+        self.picture.evaluate("""im => { window.seen?.disconnect(); window.lat = []; window.seen = new MutationObserver(() => window.lat.push(performance.now() - window.t0));
+                                         window.seen.observe(im, {attributes: true, attributeFilter: ['src']});
                                          document.addEventListener('keydown', () => window.t0 = performance.now(), true); }""")
         out = []
         for k in keys: self.key(k); self.page.wait_for_function("n => window.lat.length > n", arg=len(out)); out = self.page.evaluate("window.lat")
         return out
+
+def crowd(work=0.1):
+    "How many share a core: seconds that pass while this process works one."
+    wall, cpu = time.perf_counter(), time.process_time()
+    while time.process_time() - cpu < work: pass
+    return (time.perf_counter() - wall) / work
+
+def quick(card, limit=50, rounds=3):
+    "At most `limit` ms from key to picture: the median of ten moves, in the best of some rounds. Twice that where others wait for the cores too, and never more."
+    best, most = float("inf"), 1.0
+    for _ in range(rounds):
+        others = crowd(); lat = card.lag(["ArrowLeft", "ArrowRight"] * 5); others = max(others, crowd())
+        print(f"key to picture: median {sorted(lat)[5]:.0f} ms of {[round(x) for x in lat]}, {others:.1f} share a core")
+        best, most = min(best, sorted(lat)[5]), max(most, others)
+        if best <= limit * min(2, most): return
+    if most < 3: raise AssertionError(f"{best:.0f} ms from key to picture")
+    warnings.warn(f"{best:.0f} ms from key to picture, not judged: {most:.0f} processes shared a core")
 
 def scrub(card):
     "Drag and step through a finished interpolation: the right picture each time."
@@ -297,15 +343,25 @@ def scrub(card):
     card.key("ArrowLeft", 3); card.says(".scrub-label", r"θ = 0\.625$"); assert card.shown() == 5 and bytes_of(card.picture) == frames[5]
     card.box.get_by_role("button", name="x_T fixed").click(); card.says(".scrub-label", r"^x_T fixed · θ = 0\.625$"); assert card.shown() == 14
     assert [bytes_of(e) for e in card.end.all()] == [frames[9], frames[17]]
-    lat = card.lag(["ArrowLeft", "ArrowRight"] * 5)
-    print(f"slider to picture: median {sorted(lat)[5]:.0f} ms of", [round(x) for x in lat])
-    crowd = max(1, os.getloadavg()[0] / os.cpu_count()) if hasattr(os, "getloadavg") else 2       # others wait for the cores too
-    assert sorted(lat)[5] <= 50 * crowd
+    quick(card)
     return frames
 
 def send(card, which, name, data):
     with card.page.expect_file_chooser() as chooser: card.box.locator(".picker-upload").nth(which).click()
     chooser.value.set_files(files=[dict(name=name, mimeType="image/png", buffer=data)])
+
+def upload_and_stop(card, before):
+    "A file that is no picture, then one that is: the first frames of the new path, and no more."
+    send(card, 0, "letter.png", b"Dear Sir or Madam"); card.says(".picker-error >> nth=0", "cannot read 'letter.png' as a picture")
+    assert card.thumbnails() == before                                                            # nothing was lost
+    cross = PICTURES[list(PICTURES)[6]]
+    send(card, 0, "cross.png", file(Image.open(io.BytesIO(as_jpeg(cross, 100)))))
+    card.box.get_by_role("button", name="x_T slerped").click(); card.says(".scrub-label", "^x_T slerped")
+    card.key("Home"); card.says(".scrub-label", r"^x_T slerped · θ = 0$")
+    card.says(".scrub-status", r"^([3-9]|1\d) of 18"); card.box.locator(".scrub-button").click()     # there is something to see, and more to stop
+    card.says(".scrub-status", r"^stopped at ([3-9]|1\d) of 18$"); card.says(".scrub-button", "Compute")
+    assert card.shown() == 0 and (pixels(bytes_of(card.picture)) - pixels(as_jpeg(cross))).square().mean() < 0.04
+    stopped = card.thumbnails(); assert not set(stopped[:3]) & set(before) and stopped[17] == PENDING
 
 def test_a_strip_flips_without_a_kernel(page):
     axes = {"row": ["a", "b"], "x": [0, 1, 2]}
@@ -327,20 +383,13 @@ def test_voila_page(page, voila):
     caption = Card(page, "A caption, guidance"); text = caption.caption.locator("input")
     text.fill(" "); text.press("Enter"); caption.says(".scrub-error", "^caption 1 is empty")        # while others compute: the kernel is free
     card = Card(page, "From one"); before = scrub(card); shoot(page, "voila_first")
-    send(card, 0, "letter.png", b"Dear Sir or Madam"); card.says(".picker-error >> nth=0", "cannot read 'letter.png' as a picture")
-    assert card.thumbnails() == before                                                            # nothing was lost
-    cross = PICTURES[list(PICTURES)[6]]
-    send(card, 0, "cross.png", file(Image.open(io.BytesIO(as_jpeg(cross, 100)))))
-    card.box.get_by_role("button", name="x_T slerped").click(); card.key("Home"); card.says(".scrub-label", r"^x_T slerped · θ = 0$")
-    card.says(".scrub-status", r"^([3-9]|1\d) of 18"); card.box.locator(".scrub-button").click()     # there is something to see, and more to stop
-    card.says(".scrub-status", r"^stopped at ([3-9]|1\d) of 18$"); card.says(".scrub-button", "Compute")
-    assert card.shown() == 0 and (pixels(bytes_of(card.picture)) - pixels(as_jpeg(cross))).square().mean() < 0.04
-    stopped = card.thumbnails(); assert not set(stopped[:3]) & set(before) and stopped[17] == PENDING
+    upload_and_stop(card, before)
 
-def open_in_lab(page, lab, name):
-    page.goto(f"{lab}/lab/tree/{name}?reset")
-    page.locator(".jp-Notebook").wait_for()
-    page.get_by_text(re.compile(r"Python 3.*\| Idle")).wait_for()                                  # status bar: kernel ready
+def open_notebook(page, server, path):
+    "Open, wait until the page has its kernel, run all cells."
+    page.goto(server + path)
+    def ready(): return any(s["kernel"]["connections"] and s["kernel"]["execution_state"] == "idle" for s in json.load(urllib.request.urlopen(f"{server}/api/sessions")))
+    until(ready, PATIENCE, 0.2)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
 
@@ -351,7 +400,7 @@ def end_kernels(lab):
     for k in json.load(urllib.request.urlopen(f"{lab}/api/sessions")): urllib.request.urlopen(urllib.request.Request(f"{lab}/api/sessions/{k['id']}", method="DELETE"))
 
 def test_lab_runs_the_notebook_and_stays_free(page, lab):
-    open_in_lab(page, lab, "17_widgets.ipynb")
+    open_notebook(page, lab, "/lab/tree/17_widgets.ipynb?reset")
     cell = page.locator(".jp-CodeCell").filter(has_text='"I am"'); cell.get_by_text("I am free", exact=True).wait_for()
     no_errors(page)
     prompt = cell.locator(".jp-InputPrompt"); ran = int(re.search(r"\d+", prompt.inner_text())[0])
@@ -359,13 +408,25 @@ def test_lab_runs_the_notebook_and_stays_free(page, lab):
     says(prompt, rf"\[{ran + 1}\]")
     first, last = Card(page, "From one picture"), Card(page, "What the priors")
     assert re.search("waits|^[0-9]+ of|from caption", last.status.inner_text())                   # a cell ran, and the pictures are still being computed
-    scrub(first); shoot(page, "lab_first")
-    second = Card(page, "Edited by words"); text = second.caption.locator("input").nth(1)
+    before = scrub(first); shoot(page, "lab_first")
+    second = Card(page, "Edited by words"); second.says(".scrub-status", "^[3-7] (of|pictures)")   # the next in line
+    second.drag(1 / 3, r"^θ = 0\.2$"); assert second.shown() == 2 and bytes_of(second.picture) != PENDING
+    text = second.caption.locator("input").nth(1)
     text.fill(""); text.press("Enter"); second.says(".scrub-error", "^the new caption is empty"); shoot(page, "lab_error")
-    end_kernels(lab)
+    upload_and_stop(first, before); end_kernels(lab)
+
+def test_classic_notebook_moves_a_slider(page, lab):
+    "Notebook 7, which the same server serves: the lesson up to its toy."
+    pytest.importorskip("notebook")
+    open_notebook(page, lab, "/notebooks/toy.ipynb")
+    toy = Card(page, "Orange to blue"); toy.ready(); no_errors(page)
+    frames = toy.thumbnails(); assert len(set(frames)) == 10 and toy.shown() == 8                  # where the lesson left it
+    toy.drag(0.5, r"^dark · i = 2$"); assert toy.shown() == 7
+    toy.box.get_by_role("button", name="light").click(); toy.says(".scrub-label", r"^light · i = 2$")
+    toy.key("ArrowRight", 2); toy.says(".scrub-label", r"^light · i = 4$")
+    assert toy.shown() == 4 and bytes_of(toy.picture) == frames[4]; end_kernels(lab)
 
 def test_lab_opens_the_tour(page, lab):
-    "What `make lab` opens, up to its first pictures; the rest is nbval's."
-    open_in_lab(page, lab, "index.ipynb")
-    page.locator(".jp-OutputArea-executeResult img").nth(1).wait_for()
-    says(page.locator(".jp-CodeCell .jp-InputPrompt").nth(1), r"\[2\]"); no_errors(page); end_kernels(lab)
+    "What `make lab` opens, up to its first picture; the rest is nbval's."
+    open_notebook(page, lab, "/lab/tree/index.ipynb?reset")
+    page.locator(".jp-OutputArea-executeResult img").wait_for(); no_errors(page); end_kernels(lab)

@@ -4,22 +4,22 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'ON_CLIP', 'PRESETS', 'CLASSES', 'DEMO_CAPTIONS', 'TABLE3', 'COMMANDS', 'train_config', 'stage_class',
-           'model_config', 'fit_to_clip', 'clip_of', 'load_rows', 'is_first', 'write_json', 'preview_captions',
-           'stage_preview', 'begin', 'train_stage', 'read_config', 'overruled', 'TrainFlags', 'train_options',
-           'first_words', 'finished', 'train_command', 'Common', 'Generate', 'load', 'save_pictures',
-           'generate_command', 'Edits', 'Vary', 'Interpolate', 'Edit', 'vary_command', 'interpolate_command',
-           'edit_command', 'Embed', 'embed_command', 'Evaluate', 'evaluate_command', 'Demo', 'demo_command',
-           'meta_stage', 'made_up', 'training_pass', 'drawing_flops', 'Info', 'stage_facts', 'short', 'info_command',
-           'usage', 'main']
+           'model_config', 'fit_to_clip', 'clip_of', 'load_rows', 'is_first', 'write_json', 'check_folder', 'keep_clip',
+           'build', 'preview_rows', 'stage_preview', 'begin', 'train_stage', 'read_config', 'overruled', 'TrainFlags',
+           'train_options', 'parse', 'first_words', 'finished', 'train_command', 'Common', 'Generate', 'load',
+           'save_pictures', 'generate_command', 'Edits', 'Vary', 'Interpolate', 'Edit', 'vary_command',
+           'interpolate_command', 'edit_command', 'Embed', 'embed_command', 'Evaluate', 'evaluate_command', 'Demo',
+           'demo_command', 'meta_stage', 'made_up', 'training_pass', 'drawing_flops', 'Info', 'stage_facts', 'short',
+           'info_command', 'usage', 'main']
 
 # %% ../nbs/19_cli.ipynb #e5270a87
-import argparse, dataclasses, json, math, os, sys, time
+import argparse, contextlib, dataclasses, io, json, math, os, sys, time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 import torch, tyro
 from .core import UnclipError, count_parameters, data_path, generator, image_grid, pick_device, to_pil
-from .train import TrainConfig
+from .train import MAY_CHANGE, TrainConfig, writing
 from .unet import forward_cost
 
 # %% ../nbs/19_cli.ipynb #c9c65d75
@@ -96,10 +96,10 @@ def clip_of(name:str, device:str="auto"):
     if (folder/"clip"/"config.json").exists(): folder = folder/"clip"
     return load_clip(str(folder) if folder.exists() else name, pick_device(device)).eval().requires_grad_(False)
 
-def load_rows(data:str, size:int, clip=None):
+def load_rows(data:str, size:int, clip=None, **columns):
     "The training split of a data set, or the embeddings that `unclip embed` left in a folder (of the same CLIP)."
     from unclip_nb.data import EmbeddedData, load_captioned
-    if not (Path(data)/"meta.json").exists(): return load_captioned(data, split="train", size=size)
+    if not (Path(data)/"meta.json").exists(): return load_captioned(data, split="train", size=size, **columns)
     if clip is None: raise UnclipError(f"{data} holds embeddings: only priors can be trained from them")
     return EmbeddedData(data, fingerprint=clip.fingerprint)
 
@@ -111,34 +111,64 @@ def write_json(file:Path, values:dict):
     "All or nothing, and by one process only."
     if not is_first(): return
     part = file.with_suffix(".part")
-    part.write_text(json.dumps(values, indent=1))
-    os.replace(part, file)
+    with writing(file):
+        part.write_text(json.dumps(values, indent=1))
+        os.replace(part, file)
+
+def check_folder(folder:str|Path):
+    "Refuse an `--out` that cannot be written to before the work, not after it; nothing is made yet. Raises `UnclipError`."
+    there = next(p for p in (Path(folder).absolute(), *Path(folder).absolute().parents) if p.exists())
+    if not there.is_dir(): raise UnclipError(f"{there} is a file, not a folder: choose another --out")
+    if not os.access(there, os.W_OK): raise UnclipError(f"{there} cannot be written to: choose another --out")
+
+def keep_clip(clip, name:str, out:Path):
+    "Put the CLIP that a system is trained with beside its stages, so that the folder is complete. Raises `UnclipError` where another one is."
+    kept = out/"clip"
+    if not (kept/"config.json").exists():
+        if is_first(): clip.save_pretrained(kept)
+    elif type(clip).from_pretrained(kept).fingerprint != clip.fingerprint: raise UnclipError(f"{kept} is another CLIP than {name}: choose another --out, or leave --clip out")
+
+def build(cls:type, config, **more):
+    "A new stage. Raises `UnclipError` where the numbers of its config don't fit together."
+    try: return cls(config, **more)
+    except UnclipError: raise
+    except (AssertionError, ArithmeticError, RuntimeError, TypeError, ValueError) as e:
+        raise UnclipError(f"these sizes of the {cls.name} don't fit together ({(str(e).strip() or type(e).__name__).splitlines()[0]}): see --{cls.name.replace('_', '-')}.model") from e
 
 # %% ../nbs/19_cli.ipynb #c56b9a2f
-def preview_captions(data) -> list[str]:
-    "The eight captions of the previews: the running example, or the first ones of a user's own data."
-    from unclip_nb.shapes import EIGHT_CAPTIONS
-    return list(EIGHT_CAPTIONS) if type(data).__name__ == "ShapesData" else data.captions(8)
+def preview_rows(data) -> dict:
+    "The eight captions of the previews with their pictures: the running example, or the first rows of a user's own data (fewer where there are fewer)."
+    from unclip_nb.shapes import EIGHT_CAPTIONS, EIGHT_SCENES, render
+    if type(data).__name__ == "ShapesData": return {"image": render(list(EIGHT_SCENES), data.size), "caption": list(EIGHT_CAPTIONS)}
+    return data.batch(range(min(8, len(data))))
 
 # %% ../nbs/19_cli.ipynb #26573bc7
 def stage_preview(stage:str, clip, data):
-    "What a stage draws of the eight fixed captions every so often: a function of the model."
+    """What a stage makes of the eight fixed captions every so often: a function of the model. CLIP: all cosines; a prior: the training pictures
+    nearest to its draws; the others: pictures. None where the data are embeddings, which have no pictures."""
+    from unclip_nb.clip import similarity_sheet
     from unclip_nb.core import resize
-    from unclip_nb.shapes import EIGHT_SCENES, render
-    if "prior" in stage: return None                     # its embeddings are no pictures
-    captions = preview_captions(data)
-    real = render(list(EIGHT_SCENES), data.size) if type(data).__name__ == "ShapesData" else data.batch(list(range(8)))["image"]
-    def preview(model):
-        device = next(model.parameters()).device
-        gens = [generator(0, stage, i) for i in range(8)]
-        if stage.startswith("upsampler"):
-            m = max(0, real.shape[-1] - 128) // 2                # of large pictures the middle: quick, and details can be seen
-            x = real[..., m:real.shape[-1] - m, m:real.shape[-1] - m]
-            low = resize(x, x.shape[-1] // model.config.factor)
-            return image_grid(torch.cat([resize(low, x.shape[-1]), model.sample(low.to(device), generator=gens).cpu(), x]), captions + ["upsampled"] * 8 + ["real"] * 8, 8, 128)
-        drawn = model.sample(clip.encode_image(real.to(device)), clip.tokenizer.encode(captions).to(device), steps=20, sampler="dpm", generator=gens).cpu()
-        return image_grid(torch.cat([resize(real, drawn.shape[-1]), drawn]), captions + [""] * 8, 8, 96)
-    return preview
+    if not hasattr(data, "size"): return None
+    rows = preview_rows(data)
+    real, captions, n = rows["image"], rows["caption"], len(rows["caption"])
+    def gens(): return [generator(0, stage, i) for i in range(n)]
+    def upsampled(model):
+        m = max(0, real.shape[-1] - 128) // 2                # of large pictures the middle: quick, and details can be seen
+        x = real[..., m:real.shape[-1] - m, m:real.shape[-1] - m]
+        low = resize(x, x.shape[-1] // model.config.factor)
+        return image_grid(torch.cat([resize(low, x.shape[-1]), model.sample(low.to(model.device), generator=gens()).cpu(), x]), captions + ["upsampled"] * n + ["real"] * n, n, 128)
+    def decoded(model):
+        drawn = model.sample(clip.encode_image(real.to(model.device)), clip.tokenizer.encode(captions).to(model.device), steps=20, sampler="dpm", generator=gens()).cpu()
+        return image_grid(torch.cat([resize(real, drawn.shape[-1]), drawn]), captions + [""] * n, n, 96)
+    def nearest(model):
+        zt, text = clip.encode_text_tokens(captions)
+        near = (model.sample(text, zt, generator=gens()) @ seen.T).argmax(1).cpu()
+        return image_grid(torch.cat([real, pool[near]]), captions + ["nearest to a draw"] * n, n, 96)
+    if "prior" in stage:
+        pool = data.batch(range(min(512, len(data))))["image"]
+        with torch.no_grad(): seen = torch.cat([clip.encode_image(x.to(clip.device)) for x in pool.split(64)])
+        return nearest
+    return {"clip": lambda model: similarity_sheet(model, real, captions), "decoder": decoded}.get(stage, upsampled)
 
 # %% ../nbs/19_cli.ipynb #7d7f029a
 def begin(model, stage:str, out:Path, start:str|None=None):
@@ -160,35 +190,37 @@ def train_stage(
     resume:bool=False,
     device:str="auto",
     start:str|None=None,    # a trained stage's folder to start from, "none" for nothing
+    **columns,              # image_column, caption_column: see `load_captioned`
 ):
     "Train one stage of a system and leave it in `out/stage`."
     from unclip_nb.data import Batches, EmbeddedData, ShapesData, Tokenizer
     from unclip_nb.train import fit
     cls, out = stage_class(stage)[0], Path(out)
     torch.manual_seed(train.seed)
+    clip = None
     if stage in ON_CLIP:
         if clip_name is None and not (out/"clip"/"config.json").exists():
             raise UnclipError(f"the {stage} needs a CLIP: run `unclip train clip --out {out}` first, or name one with --clip")
         clip = clip_of(clip_name or str(out/"clip"), device)
         config = fit_to_clip(config, clip)
-        rows = load_rows(data, max(clip.config.image_size, getattr(config, "image_size", 0)), clip)
+        rows = load_rows(data, max(clip.config.image_size, getattr(config, "image_size", 0)), clip, **columns)
         embedded = isinstance(rows, EmbeddedData)
         if embedded and stage == "decoder": raise UnclipError("the decoder needs pictures, and embeddings have none: give --data the pictures")
-        model = cls(config)
+        model = build(cls, config)
+        if clip_name: keep_clip(clip, clip_name, out)
         batches = Batches(rows, train.batch_size, tokenizer=clip.tokenizer, seed=train.seed, prepare=None if embedded else clip.embed_batch)
-        preview = stage_preview(stage, clip, rows)
     elif stage == "clip":
-        rows = ShapesData(size=config.image_size, near=True) if data == "shapes" else load_rows(data, config.image_size)
+        rows = ShapesData(size=config.image_size, near=True) if data == "shapes" else load_rows(data, config.image_size, **columns)
         tokenizer = Tokenizer.train(rows.captions(20_000), vocab_size=config.vocab_size, context_length=config.context_length)
-        model = cls(config, tokenizer=tokenizer)
-        batches, preview = Batches(rows, train.batch_size, tokenizer=tokenizer, seed=train.seed, distinct=True), None
+        model = build(cls, config, tokenizer=tokenizer)
+        batches = Batches(rows, train.batch_size, tokenizer=tokenizer, seed=train.seed, distinct=True)
+        batches.rows(0)                                      # too few captions are told before anything is written
     else:
-        rows = load_rows(data, config.low_size * config.factor)
-        model = cls(config)
-        batches, preview = Batches(rows, train.batch_size, seed=train.seed), stage_preview(stage, None, rows)
+        rows = load_rows(data, config.low_size * config.factor, **columns)
+        model = build(cls, config)
+        batches = Batches(rows, train.batch_size, seed=train.seed)
     begin(model, stage, out, start)
-    (out/stage).mkdir(parents=True, exist_ok=True)
-    model = fit(model, batches, train, out/stage, preview=preview, resume=resume, device=device)
+    model = fit(model, batches, train, out/stage, preview=stage_preview(stage, clip, rows), resume=resume, device=device)
     write_json(out/stage/"run.json", {stage: {"model": dataclasses.asdict(model.config), "train": dataclasses.asdict(train)}})
     return model
 
@@ -201,6 +233,9 @@ def read_config(file:str|None) -> dict:
     except ValueError as e: raise UnclipError(f"{file} is not JSON ({e})") from None
     bad = [k for k in found if k not in STAGES] if isinstance(found, dict) else ["a list"]
     if bad: raise UnclipError(f"{file}: unknown section {bad[0]!r}: use {', '.join(STAGES)}")
+    for s, parts in found.items():
+        wrong = ["not a section"] if not isinstance(parts, dict) else [k for k, v in parts.items() if k not in ("model", "train") or not isinstance(v, dict)]
+        if wrong: raise UnclipError(f"{file}: {s} holds {wrong[0]!r}: a stage has the sections model and train")
     return found
 
 # %% ../nbs/19_cli.ipynb #a981451d
@@ -209,7 +244,11 @@ def overruled(config, values:dict, where:str):
     known = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     for k in values:
         if k not in known: raise UnclipError(f"{where}.{k} is unknown: choose among {', '.join(known)}")
-    return replace(config, **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    for k, v in values.items():
+        kinds = (int, float) if type(known[k]) is float else (int, tuple, type(None)) if known[k] is None else (float, tuple) if isinstance(known[k], tuple) else type(known[k])
+        if not isinstance(v, kinds): raise UnclipError(f"{where}.{k} is {v!r}: it must be like {known[k]!r}")
+    return replace(config, **values)
 
 # %% ../nbs/19_cli.ipynb #4ff7d6c2
 @dataclass
@@ -222,6 +261,8 @@ class TrainFlags:
     resume:bool = False       # go on from the newest checkpoints
     start:str|None = None     # a trained stage's folder whose weights to start from; upsampler2 starts from its upsampler1 if that fits and you don't say none
     config:str|None = None    # a JSON file of sections, such as an earlier run's run.json
+    image_column:str|None = None   # of parquet or a hub data set, where its name is unusual
+    caption_column:str|None = None # likewise, and of metadata files
     device:str = "auto"       # auto, cpu, cuda or mps
 
 # %% ../nbs/19_cli.ipynb #644a65d5
@@ -239,6 +280,21 @@ def train_options(stages:tuple[str, ...], preset:str, file:dict) -> type:
     return dataclasses.make_dataclass("TrainOptions", [flags, *map(section, stages)])
 
 # %% ../nbs/19_cli.ipynb #d2eefd9c
+def parse(options:type, argv:list[str], prog:str, description:str):
+    "tyro's reading of the flags, with its mistakes on one line. Raises `UnclipError` for an unknown flag or a value of the wrong kind, and for numbers that are none."
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said): found = tyro.cli(options, args=argv, prog=prog, description=description)
+    except SystemExit as e:
+        if not e.code: raise
+        words = [w for line in said.getvalue().splitlines() if (w := line.strip(" |\u2502")) and w.strip("-\u2500\u2570\u256f\u251c\u2524")]
+        ends = [i for i, w in enumerate(words) if w.startswith(("Perhaps you meant", "Argument helptext", "For full helptext", "Similar arguments"))] or [len(words)]
+        meant = next((w.split()[0] for w in words[ends[0]:] if w.startswith("--")), "")
+        raise UnclipError(" ".join(words[1:ends[0]]).rstrip(".") + (f"; did you mean {meant}?" if meant and "Unrecognized" in said.getvalue() else "") + f" ({prog} --help lists the flags)") from None
+    for k, v in vars(found).items():
+        if isinstance(v, float) and not math.isfinite(v): raise UnclipError(f"--{k.replace('_', '-')} {v}: give a finite number")
+    return found
+
 def first_words(argv:list[str]) -> tuple[str, str, str|None]:
     "The stage, the preset and the config file of `unclip train`: they decide which flags there are."
     words = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -251,11 +307,18 @@ def first_words(argv:list[str]) -> tuple[str, str, str|None]:
     return stage or "all", found.preset, found.config
 
 # %% ../nbs/19_cli.ipynb #6474cdfb
-def finished(folder:Path, train:TrainConfig) -> bool:
-    "Whether a stage has been trained to its last step."
+def finished(folder:Path, model, train:TrainConfig) -> bool:
+    "Whether a stage has been trained to its last step. Raises `UnclipError` if it was, but with other numbers than these."
     from unclip_nb.train import checkpoints
     found = checkpoints(folder)
-    return bool(found) and (folder/"model.safetensors").exists() and int(found[-1].name.split("_")[1]) >= train.steps
+    if not (found and (folder/"model.safetensors").exists() and int(found[-1].name.split("_")[1]) >= train.steps): return False
+    before = read_config(str(folder/"run.json"))[folder.name] if (folder/"run.json").exists() else {}
+    not_ours = (*MAY_CHANGE, "clip_dim", "text_width", "context_length", "vocab_size", "clip_fingerprint")        # CLIP and the tokenizer decide these
+    for part, config in (("model", model), ("train", train)):
+        for k, new in json.loads(json.dumps(dataclasses.asdict(config))).items():
+            old = before.get(part, {}).get(k, new)
+            if old != new and k not in not_ours: raise UnclipError(f"{folder} was trained with {part}.{k} = {old!r}, not {new!r}: use the same or choose another --out")
+    return True
 
 # %% ../nbs/19_cli.ipynb #45331b89
 def train_command(argv:list[str]):
@@ -264,16 +327,16 @@ def train_command(argv:list[str]):
     stages = STAGES if stage == "all" else (stage,)
     options = train_options(stages, preset, read_config(file))
     flags = argv[1:] if argv and not argv[0].startswith("-") else argv
-    parsed = tyro.cli(options, args=flags, prog=f"unclip train {stage}", description=TrainFlags.__doc__)
+    parsed = parse(options, flags, f"unclip train {stage}", TrainFlags.__doc__)
     opts, clip = parsed.flags, parsed.clip.model if "clip" in stages else None
     if clip and clip.pretrained and not opts.clip_from:
         raise UnclipError(f"the preset {preset} builds on a pretrained {clip.open_clip}: name its weights with --clip {clip.open_clip}:{clip.pretrained} (fetched) or --clip {clip.open_clip}:FILE")
-    out, began = Path(opts.out), time.time()
+    out, began, stages = Path(opts.out), time.time(), tuple(s for s in stages if s != "clip" or not opts.clip_from)
+    pick_device(opts.device); check_folder(out)
     for s in stages:
-        if s == "clip" and opts.clip_from: continue
         part = getattr(parsed, s)
-        if finished(out/s, part.train): print(f"{s}: already trained in {out/s}"); continue
-        train_stage(s, part.model, part.train, out, data=opts.data, clip_name=opts.clip_from, resume=opts.resume, device=opts.device, start=opts.start)
+        if finished(out/s, part.model, part.train): print(f"{s}: already trained in {out/s}"); continue
+        train_stage(s, part.model, part.train, out, opts.data, opts.clip_from, opts.resume, opts.device, opts.start, image_column=opts.image_column, caption_column=opts.caption_column)
     write_json(out/"unclip.json", {"format": 1, "stages": [s for s in STAGES if (out/s/"config.json").exists()]})
     if is_first(): print(f"trained {', '.join(stages)} in {(time.time() - began) / 60:.1f} minutes: {out}")
 
@@ -300,15 +363,17 @@ class Generate(Common):
 def load(c:Common):
     "The system that a command names."
     from unclip_nb.pipeline import UnCLIP
+    check_folder(c.out)
     return UnCLIP.from_pretrained(c.weights, device=c.device)
 
 # %% ../nbs/19_cli.ipynb #0bf5ed77
-def save_pictures(images, titles:list[str], folder:str, name:str="sheet", cols:int=8, single:bool=True) -> Path:
+def save_pictures(images, titles:list[str], folder:str|Path, name:str="sheet", cols:int=8, single:bool=True) -> Path:
     "Each picture as a PNG (if `single`) and all of them on one labelled sheet; returns the sheet's path."
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    for i, x in enumerate(images if single else ()): to_pil(x).save(folder/f"{i:03d}.png")
-    sheet = folder/f"{name}.png"
-    image_grid(images, titles, cols, 128).save(sheet)
+    folder, sheet = Path(folder), Path(folder)/f"{name}.png"
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, x in enumerate(images if single else ()): to_pil(x).save(folder/f"{i:03d}.png")
+        image_grid(images, titles, cols, 128).save(sheet)
     return sheet
 
 def generate_command(c:Generate):
@@ -395,14 +460,18 @@ class Embed:
     split:str = "train"
     n:int|None = None         # the first n rows; all by default (shapes: 50,000)
     batch_size:int = 256
+    image_column:str|None = None   # of parquet or a hub data set, where its name is unusual
+    caption_column:str|None = None # likewise, and of metadata files
     device:str = "auto"       # auto, cpu, cuda or mps
 
 def embed_command(c:Embed):
     "Embed, say how to go on."
     from unclip_nb.clip import embed
     from unclip_nb.data import load_captioned
+    if (c.n is not None and c.n < 1) or c.batch_size < 1: raise UnclipError("--n and --batch-size must be at least 1")
+    check_folder(c.out)
     clip = clip_of(c.clip, c.device)
-    data = load_captioned(c.data, split=c.split, size=clip.config.image_size)
+    data = load_captioned(c.data, split=c.split, size=clip.config.image_size, image_column=c.image_column, caption_column=c.caption_column)
     n = c.n or (50_000 if c.data == "shapes" else None)
     folder = embed(clip, data, c.out, batch_size=c.batch_size, n=n)
     print(f"embeddings of {n or len(data)} pictures in {folder}: unclip train prior --data {folder} --clip {c.clip}")
@@ -419,17 +488,19 @@ class Evaluate(Common):
 
 def evaluate_command(c:Evaluate):
     "Judge, print and keep the tables and a sheet a kind."
-    from unclip_nb.evaluation import KINDS, evaluate, exam, prior_exam, prior_table, retrieval, table, take_exam
+    from unclip_nb.evaluation import KINDS, evaluate, exam, prior_exam, prior_table, retrieval, table, take_exam, zi_sources
+    if c.n < 1 or c.steps < 1: raise UnclipError("--n and --steps must be at least 1")
     began, model = time.time(), load(c)
-    marks, priors = evaluate(model, c.n, c.guidance, c.steps, c.seed, c.fitted), prior_exam(model, c.n, fitted=c.fitted, seed=c.seed)
+    sources = zi_sources(model, c.fitted)                    # the baselines are fitted once
+    marks, priors = evaluate(model, c.n, c.guidance, c.steps, c.seed, sources=sources), prior_exam(model, c.n, fitted=c.fitted, seed=c.seed, sources=sources)
     found = retrieval(model, 1000)
     text = f"{table(marks)}\n\n{prior_table(priors)}\n\nCLIP, 1,000 unseen scenes with full captions: R@1 {found[0]:.3f} picture to text, {found[1]:.3f} text to picture"
     text += f"\n{c.n} captions a kind, guidance {c.guidance:g}, {c.steps} steps, seed {c.seed}: {(time.time() - began) / 60:.1f} minutes"
-    folder = Path(c.out); folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(c.out)
     for kind in KINDS:
         images = take_exam(model, kind, min(c.n, 32), guidance=c.guidance, steps=c.steps, seed=c.seed)[1]
-        image_grid(images, exam(kind, len(images))[1], 8, 128).save(folder/f"{kind.replace(' ', '_')}.png")
-    (folder/"table.txt").write_text(text + "\n")
+        save_pictures(images, exam(kind, len(images))[1], folder, kind.replace(" ", "_"), single=False)
+    with writing(folder): (folder/"table.txt").write_text(text + "\n")
     write_json(folder/"scores.json", dict(n=c.n, guidance=c.guidance, steps=c.steps, seed=c.seed, retrieval=found, priors=priors,
                                           marks={f"{kind}, {way}": dataclasses.asdict(m) for (kind, way), m in marks.items()}))
     print(text)
@@ -573,7 +644,7 @@ def main(argv:list[str]|None=None):
         elif name == "train": train_command(argv[1:])
         elif name in COMMANDS:
             options, run = COMMANDS[name]
-            run(tyro.cli(options, args=argv[1:], prog=f"unclip {name}", description=options.__doc__))
+            run(parse(options, argv[1:], f"unclip {name}", options.__doc__))
         else: raise UnclipError(f"unknown command {name!r}: use train, {', '.join(COMMANDS)}")
     except UnclipError as e: print(f"unclip: {e}", file=sys.stderr); sys.exit(2)
     except KeyboardInterrupt: print("unclip: stopped", file=sys.stderr); sys.exit(130)

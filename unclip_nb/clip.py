@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from .core import UnclipError, resize, to_pil
 from .data import OpenCLIPTokenizer, Tokenizer, import_open_clip, write_text
-from .train import Stage
+from .train import Stage, writing
 
 # %% ../nbs/05_clip.ipynb #639365a6
 def clip_loss(
@@ -270,22 +270,24 @@ def embed(
 ) -> Path:
     "Write the embeddings of a data set to disk, for `EmbeddedData`. Raises `UnclipError` when `out` holds those of another CLIP or size."
     out, n = Path(out), len(data) if n is None else min(n, len(data))
-    out.mkdir(parents=True, exist_ok=True)
+    with writing(out): out.mkdir(parents=True, exist_ok=True)
     meta = {"clip_fingerprint": clip.fingerprint, "rows": n, "shard": shard, "clip_dim": clip.dim,
             "text_width": clip.text_width, "context_length": clip.context_length}
     begun = out / "begun.json"
     if begun.exists() and json.loads(begun.read_text()) != meta: raise UnclipError(f"{out} holds embeddings of another clip or size: choose another folder")
-    write_text(begun, json.dumps(meta))
+    with writing(begun): write_text(begun, json.dumps(meta))
     for s in tqdm(range(0, n, shard), desc="embed", unit="file", disable=not progress):
         file = out / f"shard_{s // shard:05d}.safetensors"
         if file.exists(): continue
         rows = range(s, min(s + shard, n))
         parts = [clip.embed_batch(data.batch(rows[i:i + batch_size])) for i in range(0, len(rows), batch_size)]
         whole = {k: torch.cat([p[k].cpu() for p in parts]).contiguous() for k in ("zi", "zt", "text", "tokens")}
-        save_file({**whole, "text": whole["text"].half()}, temp := file.with_suffix(".tmp"))    # text is by far the largest
-        os.replace(temp, file)
-    write_text(out / "captions.jsonl", "".join(json.dumps({"caption": c}) + "\n" for c in data.captions(n)))
-    write_text(out / "meta.json", json.dumps(meta))                                             # last: now it is finished
+        with writing(file):
+            save_file({**whole, "text": whole["text"].half()}, temp := file.with_suffix(".tmp"))    # text is by far the largest
+            os.replace(temp, file)
+    with writing(out):
+        write_text(out / "captions.jsonl", "".join(json.dumps({"caption": c}) + "\n" for c in data.captions(n)))
+        write_text(out / "meta.json", json.dumps(meta))                                             # last: now it is finished
     return out
 
 # %% ../nbs/05_clip.ipynb #181fe1b4

@@ -514,7 +514,9 @@ class EmbeddedData(Captioned):
     ):
         folder = Path(folder)
         if not (folder / "meta.json").is_file(): raise UnclipError(f"no finished embeddings in {folder}: run unclip embed (again) with --out {folder}")
-        self.meta = json.loads((folder / "meta.json").read_text())
+        try: self.meta = json.loads((folder / "meta.json").read_text())
+        except ValueError: self.meta = None
+        if not isinstance(self.meta, dict): raise UnclipError(f"{folder / 'meta.json'} is broken: embed the data again")
         made_by = self.meta.get("clip_fingerprint")
         if fingerprint and made_by != fingerprint: raise UnclipError(f"{folder} was embedded with CLIP {made_by}, not {fingerprint}: embed the data again")
         self._texts = [json.loads(line)["caption"] for line in (folder / "captions.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -26,18 +26,18 @@ class DecoderConfig:
     "Every size of the decoder. The CLIP fields must agree with the CLIP whose embeddings it draws."
     image_size:int=32                  # side of the pictures it draws, pixels
     channels:int=64                    # U-Net's width at full resolution
-    channel_mult:tuple[int, ...]=(1, 2, 3)
+    channel_mult:tuple[int, ...]=(1, 2, 3) # width of each level, in units of `channels`
     res_blocks:int=2                   # residual blocks a level
     attention:tuple[int, ...]=(16, 8)  # picture sides at which the U-Net attends
-    head_channels:int=32
+    head_channels:int=32               # channels of one attention head
     patch:int=1                        # pixels of a patch x patch square enter as channels; the paper's is 1
-    dropout:float=0.0
+    dropout:float=0.0                  # in the residual blocks, in training only
     text_width:int=128                 # GLIDE's text Transformer
-    text_layers:int=3
-    text_heads:int=4
+    text_layers:int=3                  # its blocks
+    text_heads:int=4                   # its attention heads
     context_length:int=24              # tokens a caption
-    vocab_size:int=512
-    clip_dim:int=96
+    vocab_size:int=512                 # distinct tokens; CLIP's tokenizer decides
+    clip_dim:int=96                    # length of z_i; CLIP decides
     clip_tokens:int=4                  # z_i becomes this many extra tokens
     whiten:bool=True                   # False: z_i is only scaled by sqrt(d)
     drop_zi:float=0.1                  # share of training pictures without z_i
@@ -45,15 +45,16 @@ class DecoderConfig:
     target:str="v"                     # what the network predicts: eps, x0 or v
     weighting:str="none"               # of the loss over t: none or min_snr
     learned_variance:bool=False        # half of the output says how sure the network is (Improved DDPM)
-    schedule:str="cosine"
-    T:int=1000
+    vlb_weight:float=0.001             # of the variational bound, from which that is learned
+    schedule:str="cosine"              # of the noise: cosine or linear
+    T:int=1000                         # diffusion steps
     checkpoint:bool=False              # recompute activations in the backward pass: a third more work, a fraction of the memory
     clip_fingerprint:str=""            # of the CLIP it was trained with
 
     @classmethod
     def nano(cls): return cls(image_size=16, channels=48, channel_mult=(1, 2), attention=(4,), patch=2, text_width=64, text_layers=2, clip_dim=64, target="x0")
     @classmethod
-    def tiny(cls): return cls(image_size=32, channels=48, channel_mult=(1, 2), attention=(8,), patch=2, target="x0", learned_variance=True)
+    def tiny(cls): return cls(image_size=32, channels=48, channel_mult=(1, 2), attention=(8,), patch=2, target="x0", learned_variance=True, vlb_weight=1e-5)
     @classmethod
     def small(cls): return cls(image_size=64, channels=192, channel_mult=(1, 2, 3, 4), res_blocks=3, attention=(32, 16, 8), head_channels=64, dropout=0.1,
         text_width=512, text_layers=8, text_heads=8, context_length=77, vocab_size=49408, clip_dim=768, target="v", learned_variance=True)
@@ -153,7 +154,8 @@ def loss(self:Decoder, batch:dict, generator:torch.Generator) -> Tensor:
     keep_zi, keep_text = (torch.rand(2, b, generator=generator) >= hide).to(device)
     vector, context = self.condition(batch["zi"], tokens * keep_text[:, None], keep_zi)
     out = self.network(q_sample(self.schedule, x0, t, noise), t, vector, context)
-    return (hybrid_loss if c.learned_variance else simple_loss)(self.schedule, c.target, out, x0, noise, t, weighting=c.weighting)
+    args = self.schedule, c.target, out, x0, noise, t, c.weighting
+    return hybrid_loss(*args, c.vlb_weight) if c.learned_variance else simple_loss(*args)
 
 # %% ../nbs/11_decoder.ipynb #83541685
 @patch

@@ -356,9 +356,9 @@ def vlb_terms(
     logvar = small.expand_as(x0)
     if p.mix is not None: logvar = p.mix * large + (1 - p.mix) * small                             # eq. 11
     elif p.cov is not None: logvar = (small.exp() + w ** 2 * p.cov).log().expand_as(x0)            # eq. 10
-    nats, end = normal_kl(w * x0, small, w * p.x0, logvar), t == 0
-    nats[end] = -pixel_log_prob(x0[end], p.x0[end], logvar[end])
-    return nats.flatten(1).mean(1) / math.log(2)
+    end = (t == 0).view(-1, *[1] * (x0.ndim - 1)).to(x0.device)                                    # for those the pixels; the other rows put in what is harmless
+    pixels = -pixel_log_prob(x0, torch.where(end, p.x0, x0), torch.where(end, logvar, 0.))
+    return torch.where(end, pixels, normal_kl(w * x0, small, w * p.x0, logvar)).flatten(1).mean(1) / math.log(2)
 
 # %% ../nbs/08_diffusion.ipynb #95cbd2ad
 @torch.no_grad()
@@ -377,7 +377,7 @@ def bits_per_dim(
         p = _ask(denoise, abar ** 0.5 * x0 + (1 - abar) ** 0.5 * noise, t, abar, clip)
         rows.append(vlb_terms(schedule, p, x0, torch.full((len(x0),), t, device=x0.device)))
     last = schedule.abar[-1].item()
-    prior = normal_kl(last ** 0.5 * x0, torch.full_like(x0, math.log(1 - last)), torch.zeros_like(x0), torch.zeros_like(x0))
+    prior = (last * x0.square() - last - math.log1p(-last)) / 2                      # eq. 15 against N(0, 1), so that float32 keeps what little there is
     return torch.stack(rows[::-1] + [prior.flatten(1).mean(1) / math.log(2)])
 
 # %% ../nbs/08_diffusion.ipynb #0dec8582
@@ -389,12 +389,13 @@ def hybrid_loss(
     noise:Float[Tensor, "b c ..."],
     t:Int[Tensor, "b"],
     weighting:str="none",         # of the simple loss
+    vlb_weight:float=0.001,       # of the bound, which is a sum over all T steps
 ) -> Float[Tensor, ""]:
     "`simple_loss` for the answer, plus 0.001 T times the variational bound's term for its `mix` alone (Improved DDPM, equation 16)."
     answer, mix = split_variance(out)
     p = predict(schedule, kind, answer.detach(), q_sample(schedule, x0, t, noise), t)._replace(mix=mix.to(x0.dtype))
     bound = vlb_terms(schedule, p, x0, t).mean()
-    return simple_loss(schedule, kind, answer, x0, noise, t, weighting) + 0.001 * schedule.T * bound         # eq. 16
+    return simple_loss(schedule, kind, answer, x0, noise, t, weighting) + vlb_weight * schedule.T * bound         # eq. 16
 
 # %% ../nbs/08_diffusion.ipynb #bddfbef8
 def guided(

@@ -223,5 +223,5 @@ def pca_sweep(
         zi = latent.zi if latent else model.encode_image(model.pictures(image))
         s = model.decoder.config.image_size
         x_T = torch.randn(3, s, s, generator=row_generators(seed, 1, "decoder")[0]).to(zi)
-        latent = Latent(zi, x_T.expand(len(zi), -1, -1, -1), steps)
+        latent = Latent(zi, x_T.expand(len(zi), -1, -1, -1), latent.steps if latent else steps)
     return _drawn(model, pca_path(latent, pca, ks), seed=seed, progress=progress, **how)

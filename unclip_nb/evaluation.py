@@ -7,7 +7,7 @@ __all__ = ['ATTRIBUTES', 'KINDS', 'PRIOR_COLUMNS', 'wilson', 'Marks', 'judge', '
            'take_exam', 'prior_exam', 'prior_table', 'retrieval', 'evaluate', 'table']
 
 # %% ../nbs/18_evaluation.ipynb #e35ec6ba
-import math, time
+import inspect, math, time
 from dataclasses import dataclass, field
 from typing import Callable, Sequence
 import torch
@@ -104,15 +104,16 @@ def routes(
     guidance:float=2.0,  # of the decoder
     steps:int=20,        # of the decoder
     fitted:int=0,        # see `zi_sources`
+    sources:dict[str, Callable]|None=None, # from `zi_sources`, where they are at hand
 ) -> dict[str, Callable]:
     "Ways from (scenes, captions, generators of every stage) to pictures, each with the truth put in up to some stage."
-    small, up = model.decoder.config.image_size, model.upsampler1
+    small, up, up_steps = model.decoder.config.image_size, model.upsampler1, inspect.signature(UnCLIP.decode).parameters["up_steps"].default
     def upsampled(scenes, captions, gens):
         low = resize(render(scenes, small * (up.config.factor if up else 1)), small).to(model.device)
-        return up.sample(low, steps=9, generator=gens["upsampler1"]) if up else low
+        return up.sample(low, steps=up_steps, generator=gens["upsampler1"]) if up else low
     def decoded(source):
         return lambda scenes, captions, gens: model.decode(source(scenes, captions, gens["prior"]), captions, guidance=guidance, steps=steps, sampler="dpm", generators=gens)
-    return {"upsampled truth": upsampled} | {name: decoded(source) for name, source in zi_sources(model, fitted).items()}
+    return {"upsampled truth": upsampled} | {name: decoded(source) for name, source in (sources or zi_sources(model, fitted)).items()}
 
 # %% ../nbs/18_evaluation.ipynb #96390764
 @torch.no_grad()
@@ -146,11 +147,12 @@ def prior_exam(
     draws:int=4,        # of each source for each caption
     fitted:int=4096,    # training pictures for the baselines
     seed:int=0,
+    sources:dict[str, Callable]|None=None, # from `zi_sources` with as many fitted, where they are at hand
 ) -> dict[str, dict[str, float]]:
     "Every way to z_i (`zi_sources`) in the columns of `compare_priors`, with milliseconds a sample and the number of parameters. First row: other true pictures."
     scenes = [scene_at(i, "valid") for i in range(n)]
     captions = [caption(s, generator(seed, "caption", i)) for i, s in enumerate(scenes)]
-    sources, side, g = zi_sources(model, fitted), model.clip.config.image_size, generator(seed, "others")
+    sources, side, g = dict(sources or zi_sources(model, fitted)), model.clip.config.image_size, generator(seed, "others")
     zi, zt = sources.pop("true z_i")(scenes, captions, None), model.encode_text(captions)
     others = torch.stack([model.encode_image(render([scene_for(parse_caption(c), g) for c in captions], side)) for _ in range(3 * draws)])
     found, ms = {"another picture": others[:draws]}, {}
@@ -199,9 +201,10 @@ def evaluate(
     seed:int=0,
     fitted:int=0,           # training pictures for the baselines; 0 leaves them out
     progress:bool=True,
+    sources:dict[str, Callable]|None=None, # from `zi_sources`, where they are at hand
 ) -> dict[tuple[str, str], Marks]:
     "Marks of every kind of caption by every route."
-    ways = routes(model, guidance, steps, fitted)
+    ways = routes(model, guidance, steps, fitted, sources)
     return {(kind, name): take_exam(model, kind, n, way, seed=seed, progress=progress and f"{kind}, {name}")[0] for kind in KINDS for name, way in ways.items()}
 
 # %% ../nbs/18_evaluation.ipynb #90b80b07

@@ -148,13 +148,13 @@ def decode(
     eta:float=0.0,                         # 0: DDIM, deterministic; 1: as much noise as DDPM
     guidance:float=1.0,
     steps:Steps=50,
-    sampler:str="ddim",                    # or "dpm": DPM-Solver++, 20 steps of which do as well as 50
-    up_steps:int=9,                        # of each upsampler; on shapes the paper's 27 and 15 draw the same (13_upsampler)
+    sampler:str="ddim",                    # or "dpm": DPM-Solver++, 20 steps of which do as well as 50; or "ddpm": the paper's, fresh noise at every step
+    up_steps:int=4,                        # of each upsampler; 4 and 9 are equally close to the truth (36.4 dB at 128 px, 39.9 dB at 512 px, 8 unseen scenes)
     seed:int=0,
     upsample:bool=True,                    # False: stop at the decoder's size
     size:int|None=None,                    # side of the pictures, one of `sizes`; the first upsampler's by default
     generators:dict[str, list]|None=None,  # a list of generators per stage, instead of the seed
-    progress:bool=False,
+    progress:bool|str=False,
 ) -> Float[Tensor, "b 3 h w"]:
     "Pictures in [-1, 1] for image embeddings: row i's noise depends on (seed, i) only."
     want = (len(zi), 3, *[self.decoder.config.image_size] * 2)
@@ -169,12 +169,15 @@ def decode(
 
 # %% ../nbs/15_pipeline.ipynb #de8a9afa
 def as_picture(image) -> Float[Tensor, "3 h w"]:
-    "One PIL image of any mode, upright, as a tensor in [-1, 1]."
+    "One PIL image of any mode, upright, as a tensor in [-1, 1]. Raises `UnclipError` for floats whose scale cannot be told."
     import numpy as np
     from PIL import Image, ImageOps
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):                                          # 16-bit grey: Pillow's own convert("RGB") saturates it
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype("uint8"))
+    if image.mode[0] in "IF":                                               # 16-bit grey saturates in Pillow's own convert("RGB"), floats of 0 to 1 turn black
+        x = np.asarray(image, dtype="float32")
+        if image.mode == "F" and not 0 <= x.min() <= x.max() <= 255: raise UnclipError(f"a picture of floats from {x.min():g} to {x.max():g}: scale it to 0 to 1, or to 0 to 255")
+        x = x.clip(0, 65535) / 257 if image.mode[0] == "I" else x * 255 if x.max() <= 1 else x
+        image = Image.fromarray(x.round().astype("uint8"))
     return to_tensor(image)
 
 # %% ../nbs/15_pipeline.ipynb #97231325
@@ -185,6 +188,7 @@ def load_image(
     from PIL import Image
     try:
         with Image.open(path) as image: return as_picture(image)
+    except UnclipError as e: raise UnclipError(f"cannot use {str(path)!r}: {e}") from None
     except FileNotFoundError: raise UnclipError(f"no file {str(path)!r}: give the path of a PNG or JPEG") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise UnclipError(f"cannot read {str(path)!r} as a picture ({type(e).__name__}): give a PNG or JPEG") from None
@@ -266,11 +270,11 @@ def generate(
     guidance:float=2.0,          # of the decoder; 1 is unguided
     prior_guidance:float=1.0,
     steps:int=20,                # of the decoder
-    sampler:str="dpm",           # of the decoder: "dpm" (fast) or "ddim"
+    sampler:str="dpm",           # of the decoder: "dpm" (fast), "ddim", or "ddpm" (the paper's: fresh noise at every step)
     seed:int=0,                  # picture j of every caption starts from noise that depends on (seed, j) only
     upsample:bool=True,
     batch_size:int=32,
-    progress:bool=False,
+    progress:bool|str=False,
     size:int|None=None,          # side of the pictures, one of `sizes`; the first upsampler's by default
 ) -> Float[Tensor, "bn 3 h w"]:
     "Pictures in [-1, 1] for captions, n each, caption-major. The same seed gives the same pictures whatever else is in the batch."

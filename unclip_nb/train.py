@@ -131,9 +131,11 @@ def _load_tensors(path:Path) -> dict:
     except SafetensorError as e: raise UnclipError(f"{path} is damaged or truncated ({e}): copy it again") from None
 
 def _load_json(path:Path) -> dict:
-    try: return json.loads(path.read_text())
+    try: found = json.loads(path.read_text())
     except FileNotFoundError: raise UnclipError(f"{path} is missing") from None
     except ValueError as e: raise UnclipError(f"{path} is not JSON ({e}): copy it again") from None
+    if not isinstance(found, dict): raise UnclipError(f"{path} is not JSON of named fields: copy it again")
+    return found
 
 # %% ../nbs/04_train.ipynb #72490a1c
 def load_weights(
@@ -264,6 +266,7 @@ def read_log(out:str|Path) -> list[dict]:
 
 def trim_log(out:str|Path, step:int):
     "Forget what was logged after `step`."
+    if not (Path(out) / "log.jsonl").exists(): return
     rows, tmp = [r for r in read_log(out) if r["step"] <= step], Path(out) / ".tmp_log.jsonl"
     tmp.write_text("".join(json.dumps(r) + "\n" for r in rows)); os.replace(tmp, Path(out) / "log.jsonl")
 
