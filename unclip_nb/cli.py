@@ -40,7 +40,7 @@ def train_config(stage:str, preset:str) -> TrainConfig:
                      decoder   =TrainConfig(steps=1700, batch_size=32, lr=2e-3, **fast),
                      upsampler1=TrainConfig(steps=500, batch_size=16, lr=2e-3, **fast),
                      upsampler2=TrainConfig(steps=500, batch_size=4, lr=1e-3, **fast)),
-        "tiny": dict(clip      =TrainConfig(steps=600, batch_size=256, lr=1e-3),
+        "tiny": dict(clip      =TrainConfig(steps=1200, batch_size=256, lr=1e-3),
                      prior     =TrainConfig(steps=1500, batch_size=128, lr=1e-3),
                      ar_prior  =TrainConfig(steps=1200, batch_size=64, lr=3e-3, ema_decay=0.995),
                      decoder   =TrainConfig(steps=5000, batch_size=32, lr=1.5e-3, **fast),
