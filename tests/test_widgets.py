@@ -322,15 +322,15 @@ def crowd(work=0.1):
     return (time.perf_counter() - wall) / work
 
 def quick(card, limit=50, rounds=3):
-    "At most `limit` ms from key to picture: the median of ten moves, in the best of some rounds. Twice that where others wait for the cores too, and never more."
+    "From key to picture, the median of ten moves in the best of some rounds: above `limit` ms a warning says so, above twice that the test fails (unless three or more processes share a core)."
     best, most = float("inf"), 1.0
     for _ in range(rounds):
         others = crowd(); lat = card.lag(["ArrowLeft", "ArrowRight"] * 5); others = max(others, crowd())
         print(f"key to picture: median {sorted(lat)[5]:.0f} ms of {[round(x) for x in lat]}, {others:.1f} share a core")
         best, most = min(best, sorted(lat)[5]), max(most, others)
-        if best <= limit * min(2, most): return
-    if most < 3: raise AssertionError(f"{best:.0f} ms from key to picture")
-    warnings.warn(f"{best:.0f} ms from key to picture, not judged: {most:.0f} processes shared a core")
+        if best <= limit: return
+    if best > 2 * limit and most < 3: raise AssertionError(f"{best:.0f} ms from key to picture")
+    warnings.warn(f"{best:.0f} ms from key to picture, more than {limit}: {most:.1f} processes shared a core")
 
 def scrub(card):
     "Drag and step through a finished interpolation: the right picture each time."

@@ -190,6 +190,7 @@ def train_stage(
     resume:bool=False,
     device:str="auto",
     start:str|None=None,    # a trained stage's folder to start from, "none" for nothing
+    near_misses:bool=True,  # CLIP on the shapes: each scene beside its near misses (02_data)?
     **columns,              # image_column, caption_column: see `load_captioned`
 ):
     "Train one stage of a system and leave it in `out/stage`."
@@ -210,7 +211,7 @@ def train_stage(
         if clip_name: keep_clip(clip, clip_name, out)
         batches = Batches(rows, train.batch_size, tokenizer=clip.tokenizer, seed=train.seed, prepare=None if embedded else clip.embed_batch)
     elif stage == "clip":
-        rows = ShapesData(size=config.image_size, near=True) if data == "shapes" else load_rows(data, config.image_size, **columns)
+        rows = ShapesData(size=config.image_size, near=near_misses) if data == "shapes" else load_rows(data, config.image_size, **columns)
         tokenizer = Tokenizer.train(rows.captions(20_000), vocab_size=config.vocab_size, context_length=config.context_length)
         model = build(cls, config, tokenizer=tokenizer)
         batches = Batches(rows, train.batch_size, tokenizer=tokenizer, seed=train.seed, distinct=True)
@@ -261,6 +262,7 @@ class TrainFlags:
     resume:bool = False       # go on from the newest checkpoints
     start:str|None = None     # a trained stage's folder whose weights to start from; upsampler2 starts from its upsampler1 if that fits and you don't say none
     config:str|None = None    # a JSON file of sections, such as an earlier run's run.json
+    near_misses:bool|None = None   # CLIP on the shapes: each scene beside its near misses, in shape and relation too (02_data); by default all presets but nano, which draws blobs
     image_column:str|None = None   # of parquet or a hub data set, where its name is unusual
     caption_column:str|None = None # likewise, and of metadata files
     device:str = "auto"       # auto, cpu, cuda or mps
@@ -333,10 +335,11 @@ def train_command(argv:list[str]):
         raise UnclipError(f"the preset {preset} builds on a pretrained {clip.open_clip}: name its weights with --clip {clip.open_clip}:{clip.pretrained} (fetched) or --clip {clip.open_clip}:FILE")
     out, began, stages = Path(opts.out), time.time(), tuple(s for s in stages if s != "clip" or not opts.clip_from)
     pick_device(opts.device); check_folder(out)
+    near = preset != "nano" if opts.near_misses is None else opts.near_misses
     for s in stages:
         part = getattr(parsed, s)
         if finished(out/s, part.model, part.train): print(f"{s}: already trained in {out/s}"); continue
-        train_stage(s, part.model, part.train, out, opts.data, opts.clip_from, opts.resume, opts.device, opts.start, image_column=opts.image_column, caption_column=opts.caption_column)
+        train_stage(s, part.model, part.train, out, opts.data, opts.clip_from, opts.resume, opts.device, opts.start, near, image_column=opts.image_column, caption_column=opts.caption_column)
     write_json(out/"unclip.json", {"format": 1, "stages": [s for s in STAGES if (out/s/"config.json").exists()]})
     if is_first(): print(f"trained {', '.join(stages)} in {(time.time() - began) / 60:.1f} minutes: {out}")
 
