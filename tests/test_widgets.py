@@ -322,15 +322,16 @@ def crowd(work=0.1):
     return (time.perf_counter() - wall) / work
 
 def quick(card, limit=50, rounds=3):
-    "From key to picture, the median of ten moves in the best of some rounds: above `limit` ms a warning says so, above twice that the test fails (unless three or more processes share a core)."
-    best, most = float("inf"), 1.0
+    """From key to picture, ten moves, in the best of some rounds: the third quickest within `limit` ms, the median within twice that (both times two at most where others wait for the cores).
+    Not the median within `limit`: most likely because tornado leaves Nagle's algorithm on in Jupyter's websockets, about half of the moves come 40 ms later than the others, which show what is ours."""
+    best, most = (float("inf"), float("inf")), 1.0
     for _ in range(rounds):
-        others = crowd(); lat = card.lag(["ArrowLeft", "ArrowRight"] * 5); others = max(others, crowd())
-        print(f"key to picture: median {sorted(lat)[5]:.0f} ms of {[round(x) for x in lat]}, {others:.1f} share a core")
-        best, most = min(best, sorted(lat)[5]), max(most, others)
-        if best <= limit: return
-    if best > 2 * limit and most < 3: raise AssertionError(f"{best:.0f} ms from key to picture")
-    warnings.warn(f"{best:.0f} ms from key to picture, more than {limit}: {most:.1f} processes shared a core")
+        others = crowd(); lat = sorted(card.lag(["ArrowLeft", "ArrowRight"] * 5)); others = max(others, crowd())
+        print(f"key to picture: median {lat[5]:.0f} ms of {[round(x) for x in lat]}, {others:.1f} share a core")
+        best, most = min(best, (lat[2], lat[5])), max(most, others)
+        if best[0] <= limit * min(2, most) and best[1] <= 2 * limit * min(2, most): return
+    if most < 3: raise AssertionError(f"{best[0]:.0f} ms from key to picture in the third quickest of ten, {best[1]:.0f} in the median")
+    warnings.warn(f"{best[1]:.0f} ms from key to picture, not judged: {most:.0f} processes shared a core")
 
 def scrub(card):
     "Drag and step through a finished interpolation: the right picture each time."
