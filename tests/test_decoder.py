@@ -46,10 +46,12 @@ def test_padding_tokens_are_never_looked_up():
     with torch.no_grad(): enc.tokens.weight[0] += 100             # the padding id's row of the table
     assert torch.equal(before, enc(tokens))
 
-def test_four_tokens_are_four_slices(decoder, batch):
+@pytest.mark.parametrize("hidden", [0, 20])
+def test_four_tokens_are_four_slices(batch, hidden):
+    decoder = Decoder(replace(CFG, zi_hidden=hidden))
     _, context = decoder.condition(batch["zi"], batch["tokens"])
-    w = CFG.text_width
-    with torch.no_grad(): decoder.zi_to_tokens.weight[2 * w:3 * w] += 1
+    w, last = CFG.text_width, decoder.zi_to_tokens[-1] if hidden else decoder.zi_to_tokens
+    with torch.no_grad(): last.weight[2 * w:3 * w] += 1
     _, moved = decoder.condition(batch["zi"], batch["tokens"])
     changed = [(moved[:, 8 + k] - context[:, 8 + k]).abs().max() > 1e-3 for k in range(4)]
     assert changed == [False, False, True, False] and torch.equal(moved[:, :8], context[:, :8])

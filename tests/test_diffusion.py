@@ -116,11 +116,20 @@ def test_min_snr_equals_the_published_weights():
         assert torch.allclose(loss_weight(s, kind, t, "min_snr"), ref, rtol=1e-9)
 
 
-def test_min_snr_counts_the_same_mistake_the_same_for_every_target():
+def test_sqrt_snr_is_the_ratio_of_signal_to_noise_at_most_three():
+    s, t = Schedule(), torch.arange(1000)
+    abar = plain_abar("cosine")
+    omega = torch.minimum((abar.sqrt() / (1 - abar).sqrt()), torch.tensor(3.0))
+    for kind, per_x0 in {"eps": abar / (1 - abar), "v": 1 / (1 - abar), "x0": torch.ones(1000)}.items():
+        assert torch.allclose(loss_weight(s, kind, t, "sqrt_snr"), omega / per_x0, rtol=1e-9)
+
+
+@pytest.mark.parametrize("weighting", ["min_snr", "sqrt_snr"])
+def test_a_weighting_counts_the_same_mistake_the_same_for_every_target(weighting):
     (x0, eps, t), s = batch(), Schedule()
     x_t = q_sample(s, x0, t, eps)
     wrong = predict(s, "x0", x0 + 0.1 * eps.flip(0), x_t, t)
-    losses = [simple_loss(s, k, target(s, k, wrong.x0, wrong.eps, t), x0, eps, t, "min_snr") for k in TARGETS]
+    losses = [simple_loss(s, k, target(s, k, wrong.x0, wrong.eps, t), x0, eps, t, weighting) for k in TARGETS]
     assert max(losses) - min(losses) < 1e-6 * max(losses) and losses[0] > 0
 
 

@@ -1,5 +1,5 @@
 "The training loop against hand-written loops and closed forms, and against everything that goes wrong: kills, NaNs, full disks, damaged files."
-import errno, json, math, os, resource, signal, subprocess, sys
+import errno, json, math, os, resource, shutil, signal, subprocess, sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import pytest, torch
@@ -78,6 +78,19 @@ def test_who_decays():
     decay, rest = make_optimizer(toy(), TrainConfig(weight_decay=0.1)).param_groups
     assert [g["weight_decay"] for g in (decay, rest)] == [0.1, 0.0]
     assert all(p.ndim == 2 for p in decay["params"]) and all(p.ndim == 1 for p in rest["params"]) and len(decay["params"] + rest["params"]) == 6
+
+def test_muon_steps_along_the_gradients_directions_all_equally_long():
+    "Against an SVD: the first step of every matrix is U V^T, of AdamW's usual length; that of a vector AdamW's with Nesterov's look-ahead, 1 + beta1 times the sign of the gradient."
+    torch.manual_seed(0); net = nn.Sequential(nn.Conv2d(4, 24, 3), nn.GroupNorm(2, 24), nn.Conv2d(24, 16, 3)); before = [p.detach().clone() for p in net.parameters()]
+    optimizer = make_optimizer(net, TrainConfig(optimizer="muon", lr=0.01))
+    net(torch.randn(8, 4, 9, 9)).square().mean().backward(); optimizer.step()
+    for p, b in zip(net.parameters(), before):
+        step = (b - p.detach()) / 0.01
+        if p.ndim == 1: torch.testing.assert_close(step, 1.9 * p.grad.sign(), rtol=1e-2, atol=1e-2); continue
+        g, step = p.grad.flatten(1).double(), step.flatten(1).double() / (0.2 * max(p.grad.flatten(1).shape) ** 0.5)
+        u, s, v = torch.linalg.svd(g, full_matrices=False)
+        along, loud = u.T @ step @ v.T, s > 0.03 * s.max()
+        assert loud.sum() > 8 and (along.diagonal()[loud] - 1).abs().max() < 0.35 and (along - along.diagonal().diag()).abs().max() < 0.05
 
 # ---------------------------------------------------------------- the loop
 
@@ -207,6 +220,13 @@ def test_a_polite_stop_saves_and_says_how_to_go_on(tmp_path, number, capfd):
     assert signal.getsignal(number) is before and "--resume" in capfd.readouterr().err
     assert names(tmp_path / "b")[-1] == "step_00000013"
     assert same(run(tmp_path / "a"), run(tmp_path / "b", resume=True))
+
+def test_muon_resumes_exactly(tmp_path):
+    whole = run(tmp_path / "a", toy(width=16), optimizer="muon")
+    run(tmp_path / "b", toy(width=16), optimizer="muon", schedule="cosine", steps=30, save_every=10)
+    for late in names(tmp_path / "b")[1:]: shutil.rmtree(tmp_path / "b/checkpoints" / late)
+    resumed = run(tmp_path / "b", toy(width=16), optimizer="muon", resume=True)
+    assert same(whole, resumed) and not same(whole, run(tmp_path / "c", toy(width=16)))
 
 def test_a_second_signal_acts_at_once():
     with Interrupt():

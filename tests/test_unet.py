@@ -6,7 +6,7 @@ from torch import nn
 from unclip_nb.core import UnclipError, count_parameters
 from unclip_nb.decoder import Decoder, DecoderConfig
 from unclip_nb.train import TrainConfig, fit, read_log
-from unclip_nb.unet import AttentionBlock, ResBlock, UNet, UNetConfig, forward_cost, norm, zero
+from unclip_nb.unet import AttentionBlock, ResBlock, UNet, UNetConfig, forward_cost, norm, scaled_dot_product, zero
 
 resnet = pytest.importorskip("diffusers.models.resnet")
 attention = pytest.importorskip("diffusers.models.attention_processor")
@@ -55,6 +55,12 @@ def test_attention_equals_diffusers_added_keys_and_values():
     x, context = torch.randn(2, 32, 6, 6), torch.randn(2, 5, 12)
     want = added_kv(ours, 32, 12)(x, encoder_hidden_states=context)
     torch.testing.assert_close(ours(x, ours.encode(context)), want, rtol=1e-4, atol=1e-5)
+
+def test_attention_in_bf16_is_the_fused_one():
+    q, k, v = torch.randn(3, 2, 4, 9, 8).bfloat16()
+    ours, fused = scaled_dot_product(q, k, v), torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    assert ours.dtype == torch.bfloat16 and (ours.float() - fused).abs().max() < 0.03
+    assert torch.equal(scaled_dot_product(q.float(), k.float(), v.float()), fused)
 
 def test_attention_is_multihead_attention_without_context():
     ours = shake(AttentionBlock(32, 8), std=0.3)

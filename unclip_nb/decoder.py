@@ -39,11 +39,13 @@ class DecoderConfig:
     vocab_size:int=512                 # distinct tokens; CLIP's tokenizer decides
     clip_dim:int=96                    # length of z_i; CLIP decides
     clip_tokens:int=4                  # z_i becomes this many extra tokens
+    emb_dim:int=0                      # width of the embedding of time and z_i; 0: 4 * channels, as in the paper
+    zi_hidden:int=0                    # hidden layer between z_i and its tokens; 0: one projection, as in the paper
     whiten:bool=True                   # False: z_i is only scaled by sqrt(d)
     drop_zi:float=0.1                  # share of training pictures without z_i
     drop_text:float=0.5                # share without their caption
     target:str="v"                     # what the network predicts: eps, x0 or v
-    weighting:str="none"               # of the loss over t: none or min_snr
+    weighting:str="none"               # of the loss over t: none, min_snr or sqrt_snr
     learned_variance:bool=False        # half of the output says how sure the network is (Improved DDPM)
     vlb_weight:float=0.001             # of the variational bound, from which that is learned
     schedule:str="cosine"              # of the noise: cosine or linear
@@ -54,7 +56,7 @@ class DecoderConfig:
     @classmethod
     def nano(cls): return cls(image_size=16, channels=48, channel_mult=(1, 2), attention=(4,), patch=2, text_width=64, text_layers=2, clip_dim=64, target="x0")
     @classmethod
-    def tiny(cls): return cls(image_size=32, channels=48, channel_mult=(1, 2), attention=(8,), patch=2, target="x0", learned_variance=True, vlb_weight=1e-5)
+    def tiny(cls): return cls(image_size=32, channels=48, channel_mult=(1, 2), attention=(8,), patch=2, emb_dim=384, zi_hidden=384, target="x0", weighting="sqrt_snr", learned_variance=True, vlb_weight=1e-5)
     @classmethod
     def small(cls): return cls(image_size=64, channels=192, channel_mult=(1, 2, 3, 4), res_blocks=3, attention=(32, 16, 8), head_channels=64, dropout=0.1,
         text_width=512, text_layers=8, text_heads=8, context_length=77, vocab_size=49408, clip_dim=768, target="v", learned_variance=True)
@@ -106,15 +108,15 @@ class Decoder(Stage):
         self.schedule = Schedule(c.schedule, c.T)
         self.unet = UNet(UNetConfig(image_size=c.image_size, out_channels=6 if c.learned_variance else 3, channels=c.channels,
             channel_mult=c.channel_mult, res_blocks=c.res_blocks, attention=c.attention, head_channels=c.head_channels,
-            context_width=c.text_width, dropout=c.dropout, patch=c.patch, checkpoint=c.checkpoint))
-        width = 4 * c.channels
+            context_width=c.text_width, dropout=c.dropout, patch=c.patch, checkpoint=c.checkpoint, emb_dim=c.emb_dim or None))
+        width, tokens = c.emb_dim or 4 * c.channels, c.clip_tokens * c.text_width
         self.time = TimeEmbedding(c.channels, width)
         self.text = TextEncoder(c.vocab_size, c.context_length, c.text_width, c.text_layers, c.text_heads)
         self.text_to_time = nn.Linear(c.text_width, width)
         self.stats = EmbeddingStats(c.clip_dim)
         self.null_zi = nn.Parameter(torch.zeros(c.clip_dim))
         self.zi_to_time = nn.Sequential(nn.Linear(c.clip_dim, width), nn.SiLU(), nn.Linear(width, width))
-        self.zi_to_tokens = nn.Linear(c.clip_dim, c.clip_tokens * c.text_width)
+        self.zi_to_tokens = nn.Sequential(nn.Linear(c.clip_dim, c.zi_hidden), nn.SiLU(), nn.Linear(c.zi_hidden, tokens)) if c.zi_hidden else nn.Linear(c.clip_dim, tokens)
 
     def start(self, batches):
         "Before the first step: measure the embeddings of a few batches."

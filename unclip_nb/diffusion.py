@@ -112,14 +112,15 @@ def loss_weight(
     schedule:Schedule,
     kind:str,            # the target: "eps", "x0" or "v"
     t:Int[Tensor, "b"],
-    weighting:str="none",# or "min_snr"
+    weighting:str="none",# "min_snr" or "sqrt_snr"
 ) -> Float[Tensor, "b"]:
-    "Weight of a row's squared error at step `t`, in float64. Min-SNR-5 counts every target as min(SNR, 5) on the error of x0."
+    "Weight of a row's squared error at step `t`, in float64. Whatever the target, the error of x0 counts min(SNR, 5) with Min-SNR-5, min(sqrt(SNR), 3) with `sqrt_snr`."
     _check_target(kind)
-    if weighting not in ("none", "min_snr"): raise UnclipError(f"unknown loss weighting {weighting!r}: use none or min_snr")
+    if weighting not in ("none", "min_snr", "sqrt_snr"): raise UnclipError(f"unknown loss weighting {weighting!r}: use none, min_snr or sqrt_snr")
     if weighting == "none": return torch.ones(len(t), dtype=torch.float64)
     snr = schedule.snr[t.cpu()]
-    return snr.clamp(max=5) / {"x0": 1, "eps": snr, "v": snr + 1}[kind]              # eq. 7
+    omega = snr.clamp(max=5) if weighting == "min_snr" else snr.sqrt().clamp(max=3)
+    return omega / {"x0": 1, "eps": snr, "v": snr + 1}[kind]                         # eq. 7
 
 # %% ../nbs/08_diffusion.ipynb #9bc26880
 def simple_loss(
@@ -129,7 +130,7 @@ def simple_loss(
     x0:Float[Tensor, "b ..."],
     noise:Float[Tensor, "b ..."],
     t:Int[Tensor, "b"],
-    weighting:str="none",         # or "min_snr"
+    weighting:str="none",         # see `loss_weight`
 ) -> Float[Tensor, ""]:
     "Mean squared distance to the target, each row weighted by its step."
     error = (out.to(x0.dtype) - target(schedule, kind, x0, noise, t)).square().flatten(1).mean(1)

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from .core import UnclipError, generator, pick_device, seed_for
+from .data import mend_torchvision
 
 # %% ../nbs/04_train.ipynb #358ce9b2
 @dataclass
@@ -28,6 +29,7 @@ class TrainConfig:
     "Everything about a training run but the model and the data (Table 3's lower half). Raises `UnclipError` for impossible values."
     steps:int=1000           # optimiser steps
     batch_size:int=64        # pictures per device and micro-batch
+    optimizer:str="adamw"    # adamw, or muon for everything that is a matrix or a kernel
     lr:float=1e-3            # peak learning rate
     warmup:int=50            # steps of linear warm-up (onecycle instead warms up over 30 % of all steps)
     schedule:str="cosine"    # cosine, constant or onecycle
@@ -48,7 +50,7 @@ class TrainConfig:
     keep:int=2               # checkpoints kept
 
     def __post_init__(self):
-        for name, allowed in (("schedule", ("cosine", "constant", "onecycle")), ("precision", ("no", "bf16", "fp16"))):
+        for name, allowed in (("optimizer", ("adamw", "muon")), ("schedule", ("cosine", "constant", "onecycle")), ("precision", ("no", "bf16", "fp16"))):
             if getattr(self, name) not in allowed: raise UnclipError(f"unknown {name} {getattr(self, name)!r}: use {', '.join(allowed)}")
         for name in ("steps", "batch_size", "accumulate", "save_every", "preview_every", "log_every", "keep"):
             if getattr(self, name) < 1: raise UnclipError(f"{name} is {getattr(self, name)}: it must be at least 1")
@@ -70,12 +72,17 @@ def lr_at(
 # %% ../nbs/04_train.ipynb #785caf95
 def make_optimizer(
     model:nn.Module,  # only its trainable parameters
-    cfg:TrainConfig,  # lr, weight_decay, beta1, beta2, eps
-) -> torch.optim.AdamW:
-    "AdamW (Adam with decoupled weight decay); only parameters of more than one dimension decay."
+    cfg:TrainConfig,  # optimizer, lr, weight_decay, beta1, beta2, eps
+) -> torch.optim.Optimizer:
+    "AdamW (Adam with decoupled weight decay), or, with Nesterov's look-ahead, Muon for what has more than one dimension and AdamW for the rest; only parameters of more than one dimension decay."
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in params if p.ndim > 1], weight_decay=cfg.weight_decay),
               dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.0)]
+    if cfg.optimizer == "muon":
+        mend_torchvision()
+        from timm.optim.muon import Muon
+        groups[1]["use_fallback"] = True
+        return Muon(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, nesterov=True)      # scaled so that AdamW's learning rates fit
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps)
 
 # %% ../nbs/04_train.ipynb #1a73748a
@@ -87,7 +94,7 @@ def ema_update(
     decay:float,     # at most; early on (1 + step) / (10 + step)
 ):
     "ema = d · ema + (1 - d) · model for the parameters; buffers are copied."
-    decay = min(decay, (1 + step) / (10 + step))                                             # eq. 2
+    decay = min(decay, (1 + step) / (10 + step))                                             # eq. 3
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
     for a, b in zip(ema.buffers(), model.buffers()): a.copy_(b)
 
@@ -239,7 +246,7 @@ def save_checkpoint(
 ):
     "All that the next step depends on, without pickles. Raises `UnclipError` when the disk refuses; earlier checkpoints are untouched."
     names = {p: k for k, p in model.named_parameters()}
-    moments = {f"{kind}.{names[p]}": v for p, s in optimizer.state.items() for kind, v in s.items()}
+    moments = {f"{kind}.{names[p]}": v for p, s in optimizer.state.items() for kind, v in s.items() if torch.is_tensor(v)}
     with atomic_folder(folder) as tmp:
         for file, tensors in (("model", model.state_dict()), ("ema", ema.state_dict()), ("optimizer", moments)):
             save_file(_tensors(tensors), tmp / f"{file}.safetensors")
@@ -348,7 +355,7 @@ class Run:
     model:Stage                      # the weights
     ema:Stage                        # their average
     net:nn.Module                    # the model as `accelerate` wraps it: net(batch, generator) -> loss
-    optimizer:torch.optim.Optimizer  # AdamW, wrapped likewise
+    optimizer:torch.optim.Optimizer  # AdamW or Muon, wrapped likewise
     accelerator:object               # devices, precision, processes
     cfg:TrainConfig                  # the recipe
     out:Path                         # the run's folder
