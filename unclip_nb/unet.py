@@ -96,7 +96,7 @@ def scaled_dot_product(
     k:Float[Tensor, "b heads m d"], # keys
     v:Float[Tensor, "b heads m d"], # values
 ) -> Float[Tensor, "b heads n d"]:
-    "`F.scaled_dot_product_attention`; written out for bf16 on a CPU, where the fused kernel's backward pass takes three times as long."
+    "`F.scaled_dot_product_attention`; written out for bf16 on a CPU, where there and back through the fused kernel takes three times as long."
     if q.is_cpu and q.dtype == torch.bfloat16: return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
