@@ -1,48 +1,60 @@
-"""What an hour of training buys: the judge's score against time. `python benchmarks/curve.py WEIGHTS OUT [NAME=RUN ...] [N]`
+"""What an hour of training buys: the judge's score against the pictures that the decoder has seen. `python benchmarks/curve.py OUT.json OUT.png [NAME=SYSTEM ...] [N]`
 
-WEIGHTS: a system (its CLIP, its upsampler). Each RUN is a decoder's folder whose checkpoints were kept (`--decoder.train.keep 1000`). The average of each checkpoint draws N true z_i with captions of every
-kind (guidance 2, 20 steps of DPM-Solver++, 128 px, seed 0). Writes OUT.json and OUT.png; what OUT.json already holds is not measured again."""
+Each SYSTEM is a folder that `unclip train` wrote, its decoder's checkpoints kept (`--decoder.train.keep 1000`); an upsampler that it lacks is the shipped one. The average of each checkpoint draws N captions of every
+kind from the true z_i and from the diffusion prior (guidance 2, 20 steps of DPM-Solver++, 128 px, seed 0). What OUT.json already holds is not measured again; without systems it is drawn as it is."""
 import json, sys
 from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
+from unclip_nb.clip import CLIP
+from unclip_nb.core import data_path
 from unclip_nb.decoder import Decoder, DecoderConfig
+from unclip_nb.diffusion_prior import DiffusionPrior
 from unclip_nb.evaluation import KINDS, take_exam, wilson
 from unclip_nb.pipeline import UnCLIP
 from unclip_nb.train import checkpoints, config_from, load_weights
+from unclip_nb.upsampler import Upsampler
 
-def score(model:UnCLIP, checkpoint:Path, n:int) -> dict:
-    "The marks of one checkpoint: step, seconds of training, and how many of n were right, by kind."
+ROUTES = ("true z_i", "diffusion prior")
+
+def system(folder:Path, checkpoint:Path) -> tuple[UnCLIP, dict]:
+    "A system with the averaged decoder of a checkpoint, and the state of its training."
     state = json.loads((checkpoint / "state.json").read_text())
-    model.decoder = Decoder(config_from(DecoderConfig, state["model"])).eval()
-    load_weights(model.decoder, load_file(checkpoint / "ema.safetensors"), checkpoint)
-    marks = {kind: take_exam(model, kind, n, "true z_i")[0] for kind in KINDS}
-    return dict(step=state["step"], seconds=round(state["seconds"]), pictures=state["step"] * state["train"]["batch_size"] * state["train"]["accumulate"] * state["processes"],
-                n=n, **{kind: {a: m.right[a] for a in m.right if m.asked[a]} for kind, m in marks.items()})
+    decoder = Decoder(config_from(DecoderConfig, state["model"])).eval()
+    load_weights(decoder, load_file(checkpoint / "ema.safetensors"), checkpoint)
+    up = folder / "upsampler1" if (folder / "upsampler1").exists() else data_path("tiny") / "upsampler1"
+    return UnCLIP(CLIP.from_pretrained(folder / "clip"), DiffusionPrior.from_pretrained(folder / "prior"), decoder, Upsampler.from_pretrained(up)), state
+
+def score(folder:Path, checkpoint:Path, n:int) -> dict:
+    "The marks of one checkpoint: step, pictures, seconds of training, and how many of n were right, by route and kind."
+    model, state = system(folder, checkpoint)
+    train = state["train"]
+    return dict(step=state["step"], seconds=round(state["seconds"]), pictures=state["step"] * train["batch_size"] * train["accumulate"] * state["processes"], n=n,
+                **{route: {kind: take_exam(model, kind, n, route)[0].right for kind in KINDS} for route in ROUTES})
 
 def plot(runs:dict[str, list], file:Path):
-    "A panel a kind of caption, a line a run, with 95 % intervals."
-    fig = Figure(figsize=(10, 3), dpi=110, layout="constrained")
+    "A panel a kind of caption, a line a run and route, with 95 % intervals."
+    fig = Figure(figsize=(10, 3.2), dpi=90, layout="constrained")
     for ax, kind in zip(fig.subplots(1, 3, sharey=True), KINDS):
-        for name, rows in runs.items():
-            x, y = [r["seconds"] / 60 for r in rows], [100 * r[kind]["all"] / r["n"] for r in rows]
-            ax.plot(x, y, marker=".", label=name)
-            ax.fill_between(x, *zip(*([100 * v for v in wilson(r[kind]["all"], r["n"])] for r in rows)), alpha=0.2)
-        ax.set(title=kind, xlabel="minutes of the decoder's training", ylim=(0, 100)); ax.grid(alpha=0.3)
-    fig.axes[0].set_ylabel("everything right, %"); fig.axes[0].legend()
+        for (name, rows), color in zip(runs.items(), ("tab:blue", "tab:orange", "tab:green")):
+            for route, style in zip(ROUTES, (":", "-")):
+                x, y = [r["pictures"] / 1000 for r in rows], [100 * r[route][kind]["all"] / r["n"] for r in rows]
+                ax.plot(x, y, style, color=color, marker=".", label=f"{name}, {route.replace('z_i', '$z_i$')}")
+            ax.fill_between(x, *zip(*([100 * v for v in wilson(r[route][kind]["all"], r["n"])] for r in rows)), color=color, alpha=0.15, lw=0)
+        ax.set(title=kind, xlabel="thousand pictures", ylim=(0, 101)); ax.grid(alpha=0.3)
+    fig.axes[0].set_ylabel("everything right, %"); fig.axes[1].legend(fontsize=8, loc="lower right")
     fig.savefig(file)
 
 if __name__ == "__main__":
     n = int(sys.argv.pop()) if sys.argv[-1].isdigit() else 96
-    weights, out, *named = sys.argv[1:]
-    out = Path(out); table = out.with_suffix(".json")
-    runs, model = json.loads(table.read_text()) if table.exists() else {}, UnCLIP.from_pretrained(weights)
-    for name, run in (x.split("=", 1) for x in named):
+    table, picture, *named = sys.argv[1:]
+    runs = json.loads(Path(table).read_text()) if Path(table).exists() else {}
+    for name, folder in (x.split("=", 1) for x in named):
         rows = runs.setdefault(name, [])
-        for c in checkpoints(run):
-            if any(r["step"] == int(c.name[5:]) and r["n"] == n for r in rows): continue
-            rows.append(row := score(model, c, n)); rows.sort(key=lambda r: r["step"])
-            print(name, f"{row['seconds'] / 60:.0f} min", {k: row[k]["all"] for k in KINDS}, flush=True)
-            table.write_text(json.dumps(runs, indent=1) + "\n")
-    plot(runs, out.with_suffix(".png"))
+        for c in checkpoints(Path(folder) / "decoder"):
+            if any(r["step"] == int(c.name[5:]) for r in rows): continue
+            rows.append(row := score(Path(folder), c, n)); rows.sort(key=lambda r: r["step"])
+            print(name, row["step"], {route: {k: row[route][k]["all"] for k in KINDS} for route in ROUTES}, flush=True)
+            Path(table).write_text(json.dumps(runs) + "\n")
+    plot(runs, Path(picture))

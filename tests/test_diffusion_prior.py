@@ -4,8 +4,8 @@ import pytest, torch
 import torch.nn.functional as F
 from unclip_nb.core import UnclipError, count_parameters, generator, randn
 from unclip_nb.diffusion import Schedule, ddpm_sample, predict
-from unclip_nb.diffusion_prior import (SAMPLERS, DiffusionPrior, Prefix, PriorConfig, PriorNet, compare_priors, hide_captions, keep_best,
-                                       linear_prior, nearest_prior, score_draws)
+from unclip_nb.diffusion_prior import (SAMPLERS, DiffusionPrior, EmbeddingStats, Prefix, PriorConfig, PriorNet, compare_priors, first_embeddings, hide_captions,
+                                       keep_best, linear_prior, nearest_prior, score_draws)
 from unclip_nb.layers import KVCache
 
 SMALL = dict(clip_dim=16, text_width=12, context_length=6, width=32, layers=2, heads=4)
@@ -98,6 +98,53 @@ def test_scale():
     assert DiffusionPrior(PriorConfig.nano()).scale == pytest.approx(0.54 * 8)
     assert DiffusionPrior(PriorConfig(**SMALL, scale=3.)).scale == 3
     assert PriorConfig.paper().scale == 17.2 == pytest.approx(0.54 * math.sqrt(1024), abs=0.1)
+
+def test_stats_whiten_to_the_identity_and_start_harmless():
+    z = torch.randn(4000, 12, generator=generator(0)) @ torch.randn(12, 12, generator=generator(1)) + 2
+    stats = EmbeddingStats(12)
+    assert torch.allclose(stats(z), z * 12 ** 0.5)
+    stats.fit(z, floor=0.)
+    assert torch.allclose(stats(z).T.cov(correction=0), torch.eye(12), atol=1e-3) and stats(z).mean(0).abs().max() < 1e-4
+
+def test_stats_hold_flat_directions_at_a_floor():
+    z = torch.randn(1000, 4, generator=generator(0)) * torch.tensor([1., 1., 1., 1e-6])
+    stats = EmbeddingStats(4); stats.fit(z, floor=0.01)
+    assert stats(z).T.cov()[3, 3] < 1e-6
+
+def narrow(n, seed=0):
+    "Embeddings around a centre, some directions 50 times as wide as others."
+    turn = torch.linalg.qr(randn((16, 16), generator("turn"))).Q
+    return randn((n, 16), generator("narrow", seed)) * torch.logspace(-0.7, -2.4, 16) @ turn + 0.1
+
+def test_whitening_equals_scikit_learn_and_comes_back():
+    from sklearn.decomposition import PCA
+    z, stats = narrow(500), EmbeddingStats(16)
+    stats.fit(z, floor=0.)
+    theirs = PCA(whiten=True, svd_solver="full").fit(z.double().numpy())
+    want = theirs.transform(z.double().numpy()) @ theirs.components_ * (500 / 499) ** 0.5      # turned back; theirs divides by n - 1
+    torch.testing.assert_close(stats(z), torch.from_numpy(want).float(), atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(stats.inverse(stats(z)), z, atol=1e-5, rtol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16): rough = stats(z), stats.inverse(stats(z))      # mixed precision is too coarse for this
+    assert torch.equal(rough[0], stats(z)) and torch.equal(rough[1], stats.inverse(stats(z)))
+
+def test_a_whitened_prior_measures_first_learns_in_whitened_units_and_answers_in_embeddings():
+    class Rows:
+        batch_size = 100
+        def at(self, step): return dict(zi=F.normalize(narrow(100, step), dim=1))
+    z = first_embeddings(Rows(), 400)
+    assert len(z) == 500 and torch.equal(z[:100], Rows().at(-1)["zi"])
+    p = DiffusionPrior(PriorConfig(**SMALL, whiten=True)).eval()
+    p.start(Rows()); want = EmbeddingStats(16); want.fit(first_embeddings(Rows()))
+    assert torch.equal(p.stats.matrix, want.matrix) and torch.equal(p.stats.mean, want.mean)
+    plain = DiffusionPrior(PriorConfig(**SMALL)); plain.start(Rows())
+    assert torch.equal(plain.stats(z), z * 0.54 * 4)                                           # without it, nothing is measured
+    text, zt = captions(); zi, seen = z[:3], []
+    p.net.forward = lambda text, zt, x, t: (seen.append((x, t)), torch.zeros_like(x))[1]
+    loss = p.loss(dict(zi=zi, zt=zt, text=text), generator("loss"))
+    torch.testing.assert_close(loss, want(zi).square().mean())
+    del p.net.forward
+    torch.nn.init.zeros_(p.net.out.weight); p.net.out.bias.data.copy_(want(zi)[0])             # always answers with this embedding, whitened
+    torch.testing.assert_close(p.sample(text, zt, steps=5, generator=own(3)), zi[:1].expand(3, -1), atol=1e-4, rtol=1e-4)
 
 def test_captions_are_hidden_together_a_tenth_of_the_time(monkeypatch):
     p, seen = DiffusionPrior(PriorConfig(**SMALL)), []

@@ -25,7 +25,7 @@ class ARPriorConfig:
     clip_dim:int=96            # d, the length of z_i and z_t
     text_width:int=128         # of CLIP's token outputs
     context_length:int=24      # tokens a caption
-    k:int=24                   # components: codes an embedding
+    k:int=48                   # components: codes an embedding
     buckets:int=32             # values a code can have
     kind:str="uniform"         # of buckets: uniform or quantile
     dot_buckets:int=32         # values of the dot-product token
@@ -257,7 +257,7 @@ def sample_codes(
     zt:Float[Tensor, "b d"],       # CLIP's text embeddings, unit norm
     guidance:float=1.0,            # 1 is unguided
     temperature:float=1.0,         # of the codes; 0 takes the likeliest each time
-    top_p:float=1.0,               # of the codes
+    top_p:float=0.9,               # of the codes; 1 is the whole distribution
     percentile:float=50.0,         # the dot product is drawn from above this percentile of training's; 0: from all of it
     generator:Generators=None,     # a list gives each caption its own: its sample then doesn't depend on the others
     cache:bool=True,               # False: compute every token anew for every code
