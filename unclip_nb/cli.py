@@ -511,7 +511,7 @@ def evaluate_command(c:Evaluate):
 # %% ../nbs/19_cli.ipynb #471a20a6
 @dataclass
 class Demo(Common):
-    "A gallery from the shipped weights: captions, pairs of shape and colour never seen in training, and an edit of each kind."
+    "A gallery from the shipped weights: captions, pairs of shape and colour never seen in training, one picture as large as can be, and an edit of each kind."
     out:str = "gallery"
     size:int|None = None      # side of the pictures, such as 512; by default the first upsampler's
 
@@ -529,7 +529,11 @@ def demo_command(c:Demo):
         images = torch.cat([model.generate(list(captions), prior=p, seed=c.seed, size=c.size).cpu() for p in priors])
         sheet = save_pictures(images, [f"{t} ({p} prior)" for p in priors for t in captions], Path(c.out)/name, name, cols=8)
         print(f"{len(images)} pictures: {sheet}")
-    how, real, thetas = dict(steps=15, seed=c.seed, size=c.size), model.invert(render(EIGHT_SCENES[:4], 64), 15), (0, 0.15, 0.3, 0.4, 0.5, 0.6)
+    if c.size is None and len(model.sizes) > 2:
+        large = Path(c.out)/"large.png"
+        to_pil(model.generate(EIGHT_CAPTIONS[0], seed=c.seed, size=max(model.sizes))[0].cpu()).save(large)
+        print(f"1 picture of {max(model.sizes)} px: {large}")
+    how, real, thetas = dict(steps=15, seed=c.seed, size=c.size), model.invert(render(EIGHT_SCENES[:4], 64), 15), (0, 0.08, 0.16, 0.24, 0.32, 0.4)
     rows = {"variation": variations(model, real[0], 6, 0.8, **how), "theta": interpolate(model, real[1], real[3], 6, **how),
             "red": text_diff(model, real[1], EIGHT_CAPTIONS[1], EIGHT_CAPTIONS[1].replace("yellow", "red"), thetas, **how)}
     titles = [f"{name} {v:g}" for name, values in zip(rows, (range(6), [i / 5 for i in range(6)], thetas)) for v in values]

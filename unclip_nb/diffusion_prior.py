@@ -8,6 +8,7 @@ __all__ = ['SAMPLERS', 'PriorConfig', 'PriorNet', 'EmbeddingStats', 'first_embed
 
 # %% ../nbs/09_diffusion_prior.ipynb #0d7551f1
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -79,6 +80,10 @@ class PriorNet(nn.Module):
         return self.out(self.transformer(x)[:, -1])
 
 # %% ../nbs/09_diffusion_prior.ipynb #c4abdbd0
+def _exact(x):
+    "No mixed precision, on whatever device (the meta device knows none)."
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
 class EmbeddingStats(nn.Module):
     "Centres embeddings and makes every direction equally wide; nothing but a factor until `fit`."
     def __init__(self,
@@ -98,11 +103,11 @@ class EmbeddingStats(nn.Module):
         self.mean.copy_(mean); self.matrix.copy_(vectors / values.sqrt() @ vectors.T)              # eq. 2
 
     def forward(self, z:Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
-        with torch.autocast(z.device.type, enabled=False): return (z.to(self.mean) - self.mean) @ self.matrix
+        with _exact(z): return (z.to(self.mean) - self.mean) @ self.matrix
 
     def inverse(self, x:Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
         "Back to an embedding; the norm is not put right."
-        with torch.autocast(x.device.type, enabled=False): return torch.linalg.solve(self.matrix, x.float(), left=False) + self.mean
+        with _exact(x): return torch.linalg.solve(self.matrix, x.float(), left=False) + self.mean
 
 def first_embeddings(
     batches,      # .at(step) -> dict with `zi`
