@@ -533,9 +533,9 @@ def demo_command(c:Demo):
         large = Path(c.out)/"large.png"
         to_pil(model.generate(EIGHT_CAPTIONS[0], seed=c.seed, size=max(model.sizes))[0].cpu()).save(large)
         print(f"1 picture of {max(model.sizes)} px: {large}")
-    how, real, thetas = dict(steps=15, seed=c.seed, size=c.size), model.invert(render(EIGHT_SCENES[:4], 64), 15), (0, 0.1, 0.2, 0.3, 0.4, 0.5)
+    how, real, thetas = dict(steps=15, seed=c.seed, size=c.size), model.invert(render(EIGHT_SCENES[:4], 64), 15), (0, 0.1, 0.2, 0.25, 0.3, 0.4)
     rows = {"variation": variations(model, real[0], 6, 0.8, **how), "theta": interpolate(model, real[1], real[3], 6, **how),
-            "red": text_diff(model, real[1], EIGHT_CAPTIONS[1], EIGHT_CAPTIONS[1].replace("yellow", "red"), thetas, **how)}
+            "green": text_diff(model, real[1], EIGHT_CAPTIONS[1], EIGHT_CAPTIONS[1].replace("yellow", "green"), thetas, **how)}
     titles = [f"{name} {v:g}" for name, values in zip(rows, (range(6), [i / 5 for i in range(6)], thetas)) for v in values]
     print(f"{len(titles)} pictures: {save_pictures(torch.cat([*rows.values()]).cpu(), titles, Path(c.out)/'edits', 'edits', cols=6)}")
     print(f"in {time.time() - began:.0f} s")
