@@ -261,6 +261,10 @@ def test_sizes_of_another_clip(prior):
     with pytest.raises(UnclipError, match="6 tokens of width 12"): prior.sample(text[..., :8], zt)
     with pytest.raises(UnclipError, match="CLIP it was trained with"): prior.loss(dict(zi=zt, zt=zt, text=text[:, :5]), generator(0))
 
+def test_the_last_tenth_is_cut_off_unless_asked_for():
+    p = build(); drawn = [p.sample_codes(*captions(), generator=own(3), **how) for how in ({}, dict(top_p=.9), dict(top_p=1.))]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
 @pytest.mark.parametrize("how, message", [(dict(temperature=-1.), "temperature is -1"), (dict(top_p=0.), "top_p is 0"), (dict(top_p=1.5), "top_p is 1.5"), (dict(percentile=101.), "percentile is 101")])
 def test_impossible_settings(how, message):
     with pytest.raises(UnclipError, match=message): build().sample(*captions(), **how)

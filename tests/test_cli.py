@@ -97,10 +97,11 @@ def test_edits_say_no(system, two, tmp_path):
         says_no(inside(*args, "--weights", system, "--steps", 2, "--out", tmp_path/"o"), *words)
     assert not (tmp_path/"o").exists()
 
-def test_demo_leaves_three_sheets(system, tmp_path):
+def test_demo_leaves_three_sheets_and_a_large_picture(system, tmp_path):
     r = inside("demo", "--weights", system, "--out", tmp_path)
     assert r.returncode == 0, r.stderr
     assert sorted(str(f.relative_to(tmp_path)) for f in tmp_path.glob("*/*.png") if not f.stem.isdigit()) == ["edits/edits.png", "gallery/gallery.png", "new_pairs/new_pairs.png"]
+    assert Image.open(tmp_path/"large.png").size == (256, 256)                            # one as large as this system can
     for name, n in (("gallery", 16), ("new_pairs", 16), ("edits", 18)):                   # a row of eight for each prior; six variations, six on a way, six angles
         files = [tmp_path/name/f"{i:03d}.png" for i in range(n)]
         assert f"{n} pictures: {tmp_path/name/name}.png" in r.stdout and len(list((tmp_path/name).iterdir())) == n + 1

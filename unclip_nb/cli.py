@@ -180,6 +180,7 @@ def begin(model, stage:str, out:Path, start:str|None=None):
     except UnclipError:
         if start: raise
 
+# %% ../nbs/19_cli.ipynb #7d7f029b
 def train_stage(
     stage:str,
     config,                 # the stage's config
@@ -432,6 +433,7 @@ class Edit(Edits):
     new:Annotated[str, tyro.conf.arg(name="to")] = ""     # what it should show
     thetas:tuple[float, ...] = (0.0, 0.1, 0.25, 0.35, 0.5)  # how far, 0 to 1; a picture each
 
+# %% ../nbs/19_cli.ipynb #ebead5c8
 def vary_command(c:Vary):
     "Draw variations, save, say where."
     from unclip_nb.edits import variations

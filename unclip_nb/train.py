@@ -498,6 +498,7 @@ def fit(
     acc.wait_for_everyone()
     return model.eval()
 
+# %% ../nbs/04_train.ipynb #c724ce05
 def save_preview(run:Run, preview):
     "Draw `preview(ema)` as `out/previews/step_000500.png`."
     with torch.no_grad(): picture = preview(run.ema)

@@ -216,6 +216,7 @@ def as_on_gpu(
     rules["scaled_dot_product_attention"] = rule(attend, torch.bfloat16) if bf16 else attend
     with mock.patch.multiple(F, **rules): yield
 
+# %% ../nbs/10_unet.ipynb #f3121b5e
 @dataclass
 class Cost:
     "What a forward pass costs."
