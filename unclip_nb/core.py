@@ -24,10 +24,10 @@ class UnclipError(Exception):
 def number(
     name:str,              # what the user calls it, such as "guidance"
     value,                 # what the user gave
-    low:float|None=None,   # the least value allowed
-    high:float|None=None,  # the greatest value allowed
-    above:float|None=None, # the value must be greater than this
-    below:float|None=None, # the value must be smaller than this
+    low:int|float|None=None,   # the least value allowed
+    high:int|float|None=None,  # the greatest value allowed
+    above:int|float|None=None, # the value must be greater than this
+    below:int|float|None=None, # the value must be smaller than this
     whole:bool=False,      # only whole numbers
 ) -> int|float:
     "`value`, if it is one finite number within its bounds. Raises `UnclipError` that names it and says what is allowed."
