@@ -11,7 +11,7 @@ comma  := ,
 space  := $(subst ,, )
 export UV_FIND_LINKS ?= $(subst $(space),$(comma),$(PIP_FIND_LINKS))
 
-.PHONY: help setup demo lab widgets test notebooks sync bench docs wheel pins
+.PHONY: help setup demo lab widgets test notebooks sync bench tables docs wheel pins
 help:                ## this list
 	@sed -n 's/^\([a-z]*\):.*##/\1:/p' Makefile
 
@@ -39,6 +39,8 @@ notebooks: sync      ## run all notebooks and store their outputs
 	$(BIN)/python tools/nbrun.py
 bench: setup         ## a table of speeds on this machine
 	$(BIN)/python benchmarks/run.py
+tables: setup        ## tables of the README and the model cards, from the JSON files of the benchmarks
+	$(BIN)/python tools/tables.py
 docs: setup          ## a static site in _docs/html
 	$(BIN)/sphinx-build -q -b html -c docs nbs _docs/html
 wheel: setup         ## dist/*.whl, shipped weights included

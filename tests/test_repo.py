@@ -140,3 +140,11 @@ def test_every_requirement_is_pinned():
 def test_version_is_the_same_everywhere():
     cp = ConfigParser(delimiters=['=']); cp.read(ROOT/'settings.ini')
     assert f'__version__ = "{cp["DEFAULT"]["version"]}"' in (LIB/'__init__.py').read_text()
+
+def test_tables_are_what_their_files_say():
+    run = subprocess.run([sys.executable, str(ROOT/'tools'/'tables.py'), '--check'], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+def test_readme_is_short():
+    words = [w for w in (ROOT/'README.md').read_text('utf8').split() if re.search(r'\w', w)]
+    assert len(words) <= 700
