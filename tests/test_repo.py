@@ -1,5 +1,5 @@
 "What holds for the repository as a whole: the package is what the notebooks export, in the order of their numbers, as they were run."
-import ast, builtins, json, re, shutil, subprocess, symtable, sys
+import ast, builtins, importlib.util, json, re, shutil, subprocess, symtable, sys
 from configparser import ConfigParser
 from pathlib import Path
 import pytest
@@ -140,3 +140,50 @@ def test_every_requirement_is_pinned():
 def test_version_is_the_same_everywhere():
     cp = ConfigParser(delimiters=['=']); cp.read(ROOT/'settings.ini')
     assert f'__version__ = "{cp["DEFAULT"]["version"]}"' in (LIB/'__init__.py').read_text()
+
+# The docs site
+
+@pytest.fixture(scope='module')
+def mathjax():
+    "docs/equations.py, where its MathJax and its node are installed"
+    pytest.importorskip('playwright')
+    if not importlib.util.find_spec('sphinx-mathjax-offline'): pytest.skip('sphinx-mathjax-offline is not installed')
+    spec = importlib.util.spec_from_file_location('equations', ROOT/'docs'/'equations.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+def test_equations_of_the_notebooks_render(mathjax):
+    found = [(p.stem, tex.strip('$'), tex.startswith('$$')) for p in NOTEBOOKS for c in cells(p, 'markdown')
+             for tex in re.findall(r'\$\$.+?\$\$|(?<![\\$\w])\$[^$\n]+?\$(?![\w$])', re.sub(r'`[^`]*`', '', source(c)), re.S)]
+    said = mathjax.errors([f[1:] for f in found])
+    assert len(found) > 500 and not [(*f[:2], e) for f, e in zip(found, said) if e]
+
+def site(folder, *texts):
+    "What sphinx-build says of a site of these markdown cells, and its pages."
+    (folder/'nbs').mkdir()
+    for name, text in zip(('index', *(f'{k:02}_page' for k in range(len(texts)))), ('# Tour', *texts)):
+        cell = dict(cell_type='markdown', id='a', metadata={}, source=text)
+        kernel = dict(kernelspec=dict(name='python3', display_name='python3', language='python'))
+        (folder/'nbs'/f'{name}.ipynb').write_text(json.dumps(dict(cells=[cell], metadata=kernel, nbformat=4, nbformat_minor=5)), 'utf8')
+    cmd = [sys.executable, '-m', 'sphinx', '-q', '-b', 'html', '-c', ROOT/'docs', folder/'nbs', folder/'html']
+    run = subprocess.run(cmd, capture_output=True, text=True, timeout=300)
+    return run, {p.stem: p.read_text('utf8') for p in (folder/'html').glob('*.html')}
+
+def test_docs_fail_on_an_equation_that_readers_see_in_red(mathjax, tmp_path):
+    good = '# Good\n\n$$w = \\begin{cases}1 & x\\\\ 2 & y\\end{cases} \\tag{7}$$\n\nand $x^2$'      # \\tag beside \\\\: what Sphinx spoiled in 08
+    run, pages = site(tmp_path, good)
+    assert run.returncode == 0, run.stderr
+    assert '<span class="caption-text">More</span>' in pages['index']                                  # in no part of the book: still in the side bar
+    again = tmp_path/'again'
+    again.mkdir()
+    run, _ = site(again, good, '# Bad\n\n$$\\frac{1}{2$$\n\nand $\\unheardof$')
+    assert run.returncode and '2 of 4 equations do not render' in run.stderr, run.stderr
+    assert '01_page' in run.stderr and 'unheardof' in run.stderr
+
+def test_every_lesson_has_a_place_in_the_side_bar(mathjax, monkeypatch):
+    pytest.importorskip('myst_nb')
+    monkeypatch.syspath_prepend(str(ROOT/'docs'))
+    import nbdev_docs
+    shown = [page for _, pages in nbdev_docs.by_part(NBS) for _, page in pages]
+    assert sorted(shown) == sorted(p.relative_to(NBS).as_posix()[:-6] for p in NOTEBOOKS if p.stem != 'index')
