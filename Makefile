@@ -15,12 +15,13 @@ export UV_FIND_LINKS ?= $(subst $(space),$(comma),$(PIP_FIND_LINKS))
 help:                ## this list
 	@sed -n 's/^\([a-z]*\):.*##/\1:/p' Makefile
 
-$(VENV)/.ready: settings.ini setup.py pyproject.toml constraints.txt
+$(VENV)/.ready: settings.ini setup.py pyproject.toml constraints.txt tools/jupyter_server_config.py
 	@$(PYTHON) -c 'import sys; sys.exit("Python %d.%d is too old: make PYTHON=python3.11 (3.10 or newer)" % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt uv \
 	  && $(BIN)/uv pip install -q --compile-bytecode --python $(VENV) -c constraints.txt -b constraints.txt -e '.[dev]' \
 	  || $(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	mkdir -p $(VENV)/etc/jupyter && cp tools/jupyter_server_config.py $(VENV)/etc/jupyter/
 	touch $@
 setup: $(VENV)/.ready  ## a virtual environment with the versions of constraints.txt
 
@@ -33,7 +34,7 @@ widgets: setup       ## six widgets as a page of their own (with your weights: U
 test: setup          ## notebooks re-run and compared with what they store, then tests/
 	$(BIN)/python -m pytest --nbval nbs tests -n $(JOBS) --dist loadfile
 sync: setup          ## write the package anew from the notebooks
-	find unclip_nb -name '*.py' -delete
+	find unclip_nb -name '*.py' ! -name '__init__.py' ! -name '__main__.py' -delete
 	$(BIN)/nbdev_export
 notebooks: sync      ## run all notebooks and store their outputs
 	$(BIN)/python tools/nbrun.py

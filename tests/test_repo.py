@@ -9,6 +9,7 @@ LIB, NBS = ROOT/'unclip_nb', ROOT/'nbs'
 LESSONS = sorted(NBS.glob('*.ipynb'))
 NOTEBOOKS = LESSONS + sorted((NBS/'solutions').glob('*.ipynb'))
 MODULES = {p.stem.partition('_')[2]: int(p.stem[:2]) for p in LESSONS if p.stem[:2].isdigit()}
+BY_HAND = ('__init__.py', '__main__.py')                      # the only modules that no notebook exports
 EXPORTED = sorted(p for p in LIB.glob('*.py') if p.stem[0] != '_')
 NOT_RUN = re.compile(r'^#\|\s*(eval:\s*false|slow)\b', re.M | re.I)
 notebooks = pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: str(p.relative_to(NBS)))
@@ -30,7 +31,8 @@ def tracked():
 def test_package_is_what_the_notebooks_export(tmp_path):
     for f in ('settings.ini', 'pyproject.toml', 'README.md', 'setup.py'): shutil.copy(ROOT/f, tmp_path/f)
     shutil.copytree(NBS, tmp_path/'nbs', ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
-    (tmp_path/'unclip_nb').mkdir(); shutil.copy(LIB/'__init__.py', tmp_path/'unclip_nb')
+    (tmp_path/'unclip_nb').mkdir()
+    for f in BY_HAND: shutil.copy(LIB/f, tmp_path/'unclip_nb')
     run = subprocess.run([sys.executable, '-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()'],
                          cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -40,19 +42,30 @@ def test_package_is_what_the_notebooks_export(tmp_path):
     assert not [f for f in new if new[f] != old[f]], 'differ from their notebooks: make sync'
     assert (tmp_path/'pyproject.toml').read_text() == (ROOT/'pyproject.toml').read_text()
 
+def test_import_is_quick_and_offers_the_system():
+    "`import unclip_nb` loads nothing else; the name that everybody wants is one import away; type checkers may read the annotations."
+    code = "import sys, unclip_nb; assert not {'torch', 'unclip_nb.core'} & set(sys.modules); from unclip_nb import UnCLIP; print(UnCLIP.__module__)"
+    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
+    assert run.stdout == 'unclip_nb.pipeline\n', run.stderr
+    import unclip_nb
+    with pytest.raises(AttributeError, match='no attribute .nothing'): unclip_nb.nothing
+    assert (LIB/'py.typed').exists()
+
 def own_imports(tree):
     "Modules of this package that code imports, wherever the statement stands"
     for n in ast.walk(tree):
         if isinstance(n, ast.ImportFrom):
             if n.level or n.module == 'unclip_nb':
-                yield from [n.module.split('.')[0]] if n.level and n.module else [a.name for a in n.names if a.name != '__version__']
+                names = [n.module.split('.')[0]] if n.level and n.module else [a.name for a in n.names if a.name != '__version__']
+                yield from (dict(UnCLIP='pipeline').get(name, name) for name in names)          # `__init__` hands it on
             elif (n.module or '').startswith('unclip_nb.'): yield n.module.split('.')[1]
         elif isinstance(n, ast.Import):
             yield from (a.name.split('.')[1] for a in n.names if a.name.startswith('unclip_nb.'))
 
 def test_own_imports_sees_every_form():
-    code = 'from .a import x\nfrom . import b\nfrom unclip_nb.c import y\nfrom unclip_nb import d\ndef f():\n    import unclip_nb.e as z\nimport torch'
-    assert sorted(own_imports(ast.parse(code))) == list('abcde')
+    code = ('from .a import x\nfrom . import b\nfrom unclip_nb.c import y\nfrom unclip_nb import d\ndef f():\n    import unclip_nb.e as z\nimport torch\n'
+            'from unclip_nb import UnCLIP, __version__')
+    assert sorted(own_imports(ast.parse(code))) == [*'abcde', 'pipeline']
 
 @modules
 def test_module_imports_only_smaller_numbers(path):
@@ -97,7 +110,49 @@ def test_stored_as_one_fresh_run(path):
 
 @notebooks
 def test_says_its_kernel_and_no_more(path):
-    assert list(json.loads(path.read_text('utf8'))['metadata']) == ['kernelspec'], 'tools/nbrun.py --tidy'
+    "`language_info` is what JupyterLab adds to every notebook that it saves; `tools/nbrun.py --tidy` removes it"
+    assert set(json.loads(path.read_text('utf8'))['metadata']) - {'language_info'} == {'kernelspec'}, 'tools/nbrun.py --tidy'
+
+def as_lab_saves(nb):
+    "What JupyterLab writes when a notebook was opened, folded, looked at and saved without its kernel's environment being ours"
+    nb['metadata'] = dict(kernelspec=dict(display_name='Python 3 (ipykernel)', language='python', name='python3'),
+                          language_info=dict(name='python', version='3.11.7', file_extension='.py', mimetype='text/x-python',
+                                             codemirror_mode=dict(name='ipython', version=3), pygments_lexer='ipython3'))
+    for c in nb['cells']:
+        extra = {'jp-MarkdownHeadingCollapsed': True} if c['cell_type'] == 'markdown' else {'scrolled': True, 'execution': {'iopub.status.busy': '2026-11-27'}}
+        c['metadata'] = c['metadata'] | dict(editable=True, slideshow=dict(slide_type='')) | extra
+        for o in c.get('outputs', []):
+            for k in o.get('data', {}):
+                if k in ('image/png', 'image/jpeg'): o['data'][k] = ''.join(o['data'][k]).rstrip() + '\n'
+    return nb
+
+@pytest.mark.parametrize('name', ['00_core', '17_widgets', 'solutions/00_core'])
+def test_saved_in_lab_a_notebook_still_passes(name, tmp_path):
+    "Also where nobody installed tools/jupyter_server_config.py; `tools/nbrun.py --tidy` then gives the file as it was."
+    was, path = NBS/f'{name}.ipynb', tmp_path/f'{Path(name).name}.ipynb'
+    path.write_text(json.dumps(as_lab_saves(json.loads(was.read_text('utf8'))), indent=1, ensure_ascii=False) + '\n', 'utf8')
+    assert path.read_bytes() != was.read_bytes()
+    for check in (test_stored_as_one_fresh_run, test_says_its_kernel_and_no_more, test_small, test_opens_with_a_title_and_a_purpose): check(path)
+    tidy = subprocess.run([sys.executable, ROOT/'tools'/'nbrun.py', '--tidy', path], cwd=ROOT, capture_output=True, text=True)
+    assert tidy.returncode == 0 and path.read_bytes() == was.read_bytes(), tidy.stderr
+
+@pytest.mark.parametrize('name', ['00_core', '17_widgets'])
+def test_labs_of_this_environment_save_what_was_there(name, tmp_path):
+    "What tools/jupyter_server_config.py does before a save; of notebooks elsewhere it takes nothing"
+    from traitlets.config import Config
+    hook = Config()
+    exec((ROOT/'tools'/'jupyter_server_config.py').read_text('utf8'), dict(c=hook))
+    was = json.loads((NBS/f'{name}.ipynb').read_text('utf8'))
+    for cell in was['cells']:
+        for o in cell.get('outputs', []): o.get('data', {}).update({k: ''.join(v).rstrip() for k, v in o.get('data', {}).items() if k.startswith('image/')})
+    def saved(path, root):
+        model = dict(type='notebook', content=as_lab_saves(json.loads((NBS/f'{name}.ipynb').read_text('utf8'))))
+        hook.ContentsManager.pre_save_hook(model=model, path=path, contents_manager=type('', (), dict(root_dir=str(root))))
+        for cell in model['content']['cells']:
+            for o in cell.get('outputs', []): o.get('data', {}).update({k: ''.join(v).rstrip() for k, v in o.get('data', {}).items() if k.startswith('image/')})
+        return model['content']
+    assert saved(f'nbs/{name}.ipynb', ROOT) == saved(f'{name}.ipynb', NBS) == was
+    assert 'language_info' in saved('other.ipynb', tmp_path)['metadata']
 
 @notebooks
 def test_small(path): assert path.stat().st_size <= 400_000

@@ -229,6 +229,7 @@ def serve(cmd, probe, tmp):
     env = os.environ | {k: str(tmp/v) for k, v in own.items()} | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
     (tmp/"config"/"labconfig").mkdir(parents=True)                                   # no 'Jupyter news' pop-up
     (tmp/"config"/"labconfig"/"page_config.json").write_text('{"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": true}}')
+    shutil.copy(ROOT/"tools"/"jupyter_server_config.py", tmp/"config")                # as `make setup` does for the environment
     with open(tmp/"server.log", "w") as log:
         p = subprocess.Popen([*cmd, f"--port={port}"], env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True, cwd=ROOT)
     url, end = f"http://127.0.0.1:{port}", time.time() + PATIENCE
@@ -431,3 +432,23 @@ def test_lab_opens_the_tour(page, lab):
     "What `make lab` opens, up to its first picture; the rest is nbval's."
     open_notebook(page, lab, "/lab/tree/index.ipynb?reset")
     page.locator(".jp-OutputArea-executeResult img").wait_for(); no_errors(page); end_kernels(lab)
+
+def test_lab_saves_a_notebook_as_it_was(page, lab, notebooks):
+    "Opened and saved by hand, `00_core` is what it was: no `language_info`, no timings, every count and picture."
+    file, stored = notebooks/"00_core.ipynb", (ROOT/"nbs"/"00_core.ipynb").read_text("utf8")
+    file.write_text(stored.replace('"name": "python3"', '"name":  "python3"'), "utf8")                # so that a save can be seen
+    before = file.stat().st_mtime_ns
+    page.goto(f"{lab}/lab/tree/00_core.ipynb?reset")
+    page.locator(".jp-CodeCell").nth(2).wait_for()
+    until(lambda: any(s["kernel"]["execution_state"] == "idle" for s in json.load(urllib.request.urlopen(f"{lab}/api/sessions"))), PATIENCE, 0.2)
+    page.locator(".jp-MarkdownCell").first.click()
+    page.keyboard.press("Control+s")
+    until(lambda: file.stat().st_mtime_ns != before, 60, 0.2)
+    def content(text):
+        nb = json.loads(text)
+        for o in (o for cell in nb["cells"] for o in cell.get("outputs", [])):
+            for kind, data in o.get("data", {}).items():
+                if kind.startswith("image/"): o["data"][kind] = "".join(data).rstrip()
+        return nb
+    assert content(file.read_text("utf8")) == content(stored)
+    end_kernels(lab)
