@@ -405,7 +405,14 @@ def test_voila_page(page, voila):
     card = Card(page, "From one"); before = scrub(card); shoot(page, "voila_first")
     upload_and_stop(card, before)
 
-def kernels(p): return [c for c in psutil.Process(p).children(recursive=True) if "ipykernel_launcher" in " ".join(c.cmdline())]
+def kernels(pid):
+    "The kernels that a server runs, but for one that is just ending."
+    found = []
+    for child in psutil.Process(pid).children(recursive=True):
+        try:
+            if "ipykernel_launcher" in " ".join(child.cmdline()): found.append(child.pid)
+        except psutil.NoSuchProcess: pass                                                         # a zombie is one too
+    return found
 
 @pytest.fixture
 def bare_app(chromium, tmp_path):
