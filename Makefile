@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 JOBS   ?= 2
+FLOORS ?= 3.11
 ifeq ($(OS),Windows_NT)
 BIN    := $(VENV)/Scripts
 else
@@ -11,7 +12,7 @@ comma  := ,
 space  := $(subst ,, )
 export UV_FIND_LINKS ?= $(subst $(space),$(comma),$(PIP_FIND_LINKS))
 
-.PHONY: help setup demo lab widgets test notebooks sync bench docs wheel pins
+.PHONY: help setup demo lab widgets test notebooks sync bench docs wheel floors lint pins
 help:                ## this list
 	@sed -n 's/^\([a-z]*\):.*##/\1:/p' Makefile
 
@@ -44,6 +45,11 @@ docs: setup          ## a static site in _docs/html
 	$(BIN)/sphinx-build -q -b html -c docs nbs _docs/html
 wheel: setup         ## dist/*.whl, shipped weights included
 	$(BIN)/python -m build -q --installer uv
+floors: setup        ## the tests on the oldest versions that settings.ini allows, then on the newest (FLOORS=3.10 for another Python)
+	$(BIN)/python tools/floors.py --python $(FLOORS)
+	$(BIN)/python tools/floors.py --python $(FLOORS) --newest
+lint: setup          ## what ruff says of Python files and notebooks; no part of `make test` yet
+	$(BIN)/ruff check --statistics .
 pins: setup          ## take today's versions into constraints.txt (torch without +cpu, so that every build of it fits)
 	rm -f constraints.txt && $(BIN)/uv pip compile -q --universal --python-version 3.10 --extra dev --no-header --no-annotate setup.py -o constraints.txt
 	sed -i.bak 's/+cpu//' constraints.txt && rm constraints.txt.bak

@@ -195,6 +195,7 @@ def test_every_requirement_is_pinned():
 def test_version_is_the_same_everywhere():
     cp = ConfigParser(delimiters=['=']); cp.read(ROOT/'settings.ini')
     assert f'__version__ = "{cp["DEFAULT"]["version"]}"' in (LIB/'__init__.py').read_text()
+    assert f'\nversion: {cp["DEFAULT"]["version"]}\n' in (ROOT/'CITATION.cff').read_text()
 
 # The docs site
 
