@@ -1,5 +1,5 @@
 "What holds for the repository as a whole: the package is what the notebooks export, in the order of their numbers, as they were run."
-import ast, builtins, importlib.util, json, re, shutil, subprocess, symtable, sys
+import ast, base64, builtins, importlib.util, io, json, os, re, shutil, subprocess, symtable, sys
 from configparser import ConfigParser
 from pathlib import Path
 import pytest
@@ -168,6 +168,48 @@ def test_lesson_closes_with_summary_exercises_and_next(path):
     text = '\n'.join(source(c) for c in cells(path, 'markdown'))
     assert not [w for w in ('Summary', 'Exercises', 'Next:') if w.lower() not in text.lower()]
     assert (NBS/'solutions'/path.name).exists()
+
+# Stored pictures
+
+def drawn(path, pixels, stored=None, colour='red', **metadata):
+    "A notebook of one cell that draws `pixels` as a PNG of 64 px, and stores the picture of `stored`."
+    code = ("from IPython.display import Image as Show\nfrom PIL import Image\nimport io\nout = io.BytesIO()\n"
+            "picture = Image.new('RGB', (64, 64), 'navy')\npicture.paste('red', {})\npicture.save(out, 'PNG')\nShow(out.getvalue())")
+    from PIL import Image
+    picture, out = Image.new('RGB', (64, 64), 'navy'), io.BytesIO()
+    picture.paste(colour, stored or pixels)
+    picture.save(out, 'PNG')
+    output = dict(output_type='execute_result', execution_count=1, metadata={},
+                  data={'image/png': base64.b64encode(out.getvalue()).decode(), 'text/plain': ['<IPython.core.display.Image object>']})
+    cell = dict(cell_type='code', id='a', execution_count=1, metadata=metadata, outputs=[output], source=code.format(pixels))
+    kernel = dict(kernelspec=dict(name='python3', display_name='python3', language='python'))
+    path.write_text(json.dumps(dict(cells=[cell], metadata=kernel, nbformat=4, nbformat_minor=5)))
+
+def test_a_stored_picture_that_is_another_one_fails(tmp_path):
+    "Nbval looks at words and numbers; conftest.py adds the pictures: a square a little further to the side is found, another shade is not."
+    drawn(tmp_path/'same.ipynb', (8, 8, 32, 32))
+    drawn(tmp_path/'nearly.ipynb', (8, 8, 32, 32), colour='#fa0205')
+    drawn(tmp_path/'stale.ipynb', (8, 8, 32, 32), (16, 8, 40, 32))
+    drawn(tmp_path/'varies.ipynb', (8, 8, 32, 32), (16, 8, 40, 32), tags=['picture-varies'])
+    cmd = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-p', 'conftest', '--nbval', '--rootdir', tmp_path, tmp_path]
+    run = subprocess.run(cmd, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=os.environ | dict(PYTHONPATH=str(ROOT)))
+    assert '1 failed, 3 passed' in run.stdout and 'stale.ipynb' in run.stdout and 'is another one than stored' in run.stdout, run.stdout + run.stderr
+
+def test_pictures_are_told_apart_as_a_person_would(monkeypatch):
+    "Another quality of JPEG, fewer colours: the same picture. Another size of the figure, another scene: not."
+    monkeypatch.syspath_prepend(str(ROOT/'tools'))
+    import pictures
+    from unclip_nb.core import to_pil
+    from unclip_nb.shapes import EIGHT_SCENES, render
+    def saved(image, kind='PNG', **how):
+        out = io.BytesIO()
+        image.save(out, kind, **how)
+        return base64.b64encode(out.getvalue()).decode()
+    a, b = (to_pil(x) for x in render(EIGHT_SCENES[:2], 96))
+    assert max(pictures.distance(saved(a), saved(x, kind, **how)) for x, kind, how in
+               ((a, 'JPEG', dict(quality=75, subsampling=0)), (a.quantize(64), 'PNG', {}), (a.convert('RGBA'), 'PNG', {}))) < pictures.BOUND
+    assert pictures.distance(saved(a), saved(b)) > 5 * pictures.BOUND
+    assert pictures.distance(saved(a), saved(a.resize((96, 48)))) == float('inf')
 
 # The files
 
