@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 JOBS   ?= 2
+FLOORS ?= 3.11
 ifeq ($(OS),Windows_NT)
 BIN    := $(VENV)/Scripts
 else
@@ -11,16 +12,17 @@ comma  := ,
 space  := $(subst ,, )
 export UV_FIND_LINKS ?= $(subst $(space),$(comma),$(PIP_FIND_LINKS))
 
-.PHONY: help setup demo lab widgets test notebooks sync bench tables docs wheel pins
+.PHONY: help setup demo lab widgets test notebooks sync bench tables docs wheel floors lint pins
 help:                ## this list
 	@sed -n 's/^\([a-z]*\):.*##/\1:/p' Makefile
 
-$(VENV)/.ready: settings.ini setup.py pyproject.toml constraints.txt
+$(VENV)/.ready: settings.ini setup.py pyproject.toml constraints.txt tools/jupyter_server_config.py
 	@$(PYTHON) -c 'import sys; sys.exit("Python %d.%d is too old: make PYTHON=python3.11 (3.10 or newer)" % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt uv \
 	  && $(BIN)/uv pip install -q --compile-bytecode --python $(VENV) -c constraints.txt -b constraints.txt -e '.[dev]' \
 	  || $(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	mkdir -p $(VENV)/etc/jupyter && cp tools/jupyter_server_config.py $(VENV)/etc/jupyter/
 	touch $@
 setup: $(VENV)/.ready  ## a virtual environment with the versions of constraints.txt
 
@@ -33,7 +35,7 @@ widgets: setup       ## six widgets as a page of their own (with your weights: U
 test: setup          ## notebooks re-run and compared with what they store, then tests/
 	$(BIN)/python -m pytest --nbval nbs tests -n $(JOBS) --dist loadfile
 sync: setup          ## write the package anew from the notebooks
-	find unclip_nb -name '*.py' -delete
+	find unclip_nb -name '*.py' ! -name '__init__.py' ! -name '__main__.py' -delete
 	$(BIN)/nbdev_export
 notebooks: sync      ## run all notebooks and store their outputs
 	$(BIN)/python tools/nbrun.py
@@ -45,6 +47,11 @@ docs: setup          ## a static site in _docs/html
 	$(BIN)/sphinx-build -q -b html -c docs nbs _docs/html
 wheel: setup         ## dist/*.whl, shipped weights included
 	$(BIN)/python -m build -q --installer uv
+floors: setup        ## the tests on the oldest versions that settings.ini allows, then on the newest (FLOORS=3.10 for another Python)
+	$(BIN)/python tools/floors.py --python $(FLOORS)
+	$(BIN)/python tools/floors.py --python $(FLOORS) --newest
+lint: setup          ## what ruff says of Python files and notebooks; no part of `make test` yet
+	$(BIN)/ruff check --statistics .
 pins: setup          ## take today's versions into constraints.txt (torch without +cpu, so that every build of it fits)
 	rm -f constraints.txt && $(BIN)/uv pip compile -q --universal --python-version 3.10 --extra dev --no-header --no-annotate setup.py -o constraints.txt
 	sed -i.bak 's/+cpu//' constraints.txt && rm constraints.txt.bak

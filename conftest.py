@@ -1,4 +1,4 @@
-"pytest and nbval: calm settings, jaxtyping's shapes checked at run time, `#|` directives honoured, floats compared with a tolerance, time per file."
+"pytest and nbval: calm settings, jaxtyping's shapes checked at run time, `#|` directives honoured, floats and pictures compared with a tolerance, time per file."
 import os, re, sys
 from collections import defaultdict
 from configparser import ConfigParser
@@ -8,6 +8,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE/'tools'))
 import calm                                             # before anything loads torch
+import pictures
 
 if os.environ.get('UNCLIP_TYPES', '1') != '0':          # annotated functions of the package check their arguments while tests run
     from jaxtyping import install_import_hook
@@ -18,6 +19,7 @@ FLAGS = ['eval:\\s*false'] + cfg['DEFAULT'].get('tst_flags', '').split()
 SKIP = re.compile(rf'^#\|\s*({"|".join(FLAGS)})\s*$|nbdev_export\(', re.M | re.I)
 UNSTABLE = re.compile(r'\bshow_doc\(|\binteract\(')
 NUM = re.compile(r'[-+]?\d+\.\d*(?:e[-+]?\d+)?', re.I)
+VARIES = "picture-varies"                               # the tag of a cell whose picture no two runs share
 SECONDS = 30                                            # what a notebook may take
 
 def close(a, b, rel=1e-3, abs=1e-4):
@@ -39,7 +41,10 @@ def pytest_configure(config):
             for x, y in ((t, r), (t.get('data', {}), r.get('data', {}))):
                 for k in {'text', 'text/plain', 'text/markdown', 'text/html'} & x.keys() & y.keys():
                     if close(x[k], y[k]): x[k] = y[k]
-        return exact(self, test, ref, **kw)
+        if not exact(self, test, ref, **kw): return False
+        said = '' if VARIES in self.cell.metadata.get('tags', ()) else pictures.changed(ref, test)
+        if said: self.comparison_traceback.append(said)
+        return not said
     IPyNbCell.compare_outputs = compare_outputs
 
 def pytest_collection_modifyitems(items):

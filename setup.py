@@ -19,6 +19,7 @@ setup(
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], keywords=words('keywords'),
     classifiers=['Programming Language :: Python :: 3', 'Framework :: Jupyter'],
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']), cmdclass={'build_py': BuildWithData},
+    package_data={cfg['lib_path']: ['py.typed']},
     python_requires='>=' + cfg['min_python'], install_requires=words('requirements'),
     extras_require={'dev': words('dev_requirements')},
     entry_points={'console_scripts': words('console_scripts'),

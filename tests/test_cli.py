@@ -342,3 +342,22 @@ def test_a_nan_stops_the_command(tmp_path):
     says_no(inside("train", "upsampler1", "--preset", "nano", "--out", tmp_path/"o", "--upsampler1.model.channels", 16, "--upsampler1.train.steps", 30, "--upsampler1.train.batch-size", 2,
                    "--upsampler1.train.save-every", 1, "--upsampler1.train.schedule", "constant", "--upsampler1.train.warmup", 1, "--upsampler1.train.lr", "1e30", "--upsampler1.train.clip-norm", 0), "last good checkpoint", "lower lr")
     assert list((tmp_path/"o"/"upsampler1"/"checkpoints").glob("step_*"))
+
+@pytest.mark.parametrize("start", [["-m", "unclip_nb.cli"], ["-m", "unclip_nb"]])
+@pytest.mark.parametrize("words, code, said", [(["--version"], 0, "unclip 0."), (["info", "--preset", "nano"], 0, "upsampler2"), (["fly"], 2, "unknown command 'fly'")])
+def test_the_modules_are_the_command(start, words, code, said):
+    "`python -m` runs the command, with its output and its exit code."
+    r = subprocess.run([sys.executable, *start, *words], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    command = unclip(*words)
+    assert (r.returncode, r.stdout, r.stderr) == (command.returncode, command.stdout, command.stderr)
+    assert r.returncode == code and said in r.stdout + r.stderr
+
+def test_torchrun_takes_the_module(tmp_path):
+    "A launcher that is given the module trains, and hands on the exit code of a mistake."
+    def launch(*words):
+        cmd = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m", "unclip_nb.cli", *map(str, words)]
+        return subprocess.run(cmd, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT)
+    r = launch("train", "clip", "--preset", "nano", "--out", tmp_path/"o", "--device", "cpu", *SMALL[:10])
+    assert r.returncode == 0 and (tmp_path/"o"/"clip"/"model.safetensors").exists(), r.stderr
+    r = launch("train", "gan", "--out", tmp_path/"no")
+    assert r.returncode and "gan" in r.stderr and not (tmp_path/"no").exists()

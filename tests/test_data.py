@@ -377,3 +377,17 @@ def test_write_text_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
     monkeypatch.setattr("os.replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError): write_text(tmp_path / "a.txt", "new")
     assert (tmp_path / "a.txt").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+def test_an_old_library_is_named_and_not_the_file(tmp_path, monkeypatch):
+    "Where an installed version is below the floor of settings.ini, the message says which and what to do."
+    from importlib import metadata
+    from unclip_nb.data import _datasets, import_open_clip
+    (tmp_path/"tokenizer.json").write_text('{"version": "9.0", "model": {}}')
+    with pytest.raises(UnclipError, match="is not a tokenizer"): Tokenizer.load(tmp_path)
+    have = metadata.version
+    for name, old, call in (("tokenizers", "0.19.1", lambda: Tokenizer.load(tmp_path)), ("open_clip_torch", "2.24.0", import_open_clip), ("datasets", "2.21.0", _datasets)):
+        monkeypatch.setattr(metadata, "version", lambda n, name=name, old=old: old if n == name else have(n))
+        with pytest.raises(UnclipError, match=f"^{name} {old} is too old .*pip install") as e: call()
+        assert "\n" not in str(e.value) and "tokenizer.json" not in str(e.value)
+    monkeypatch.setattr(metadata, "version", have)
+    assert import_open_clip() and _datasets()

@@ -1,5 +1,5 @@
 "What holds for the repository as a whole: the package is what the notebooks export, in the order of their numbers, as they were run."
-import ast, builtins, json, re, shutil, subprocess, symtable, sys
+import ast, base64, builtins, importlib.util, io, json, os, re, shutil, subprocess, symtable, sys
 from configparser import ConfigParser
 from pathlib import Path
 import pytest
@@ -9,6 +9,7 @@ LIB, NBS = ROOT/'unclip_nb', ROOT/'nbs'
 LESSONS = sorted(NBS.glob('*.ipynb'))
 NOTEBOOKS = LESSONS + sorted((NBS/'solutions').glob('*.ipynb'))
 MODULES = {p.stem.partition('_')[2]: int(p.stem[:2]) for p in LESSONS if p.stem[:2].isdigit()}
+BY_HAND = ('__init__.py', '__main__.py')                      # the only modules that no notebook exports
 EXPORTED = sorted(p for p in LIB.glob('*.py') if p.stem[0] != '_')
 NOT_RUN = re.compile(r'^#\|\s*(eval:\s*false|slow)\b', re.M | re.I)
 notebooks = pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: str(p.relative_to(NBS)))
@@ -30,7 +31,8 @@ def tracked():
 def test_package_is_what_the_notebooks_export(tmp_path):
     for f in ('settings.ini', 'pyproject.toml', 'README.md', 'setup.py'): shutil.copy(ROOT/f, tmp_path/f)
     shutil.copytree(NBS, tmp_path/'nbs', ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
-    (tmp_path/'unclip_nb').mkdir(); shutil.copy(LIB/'__init__.py', tmp_path/'unclip_nb')
+    (tmp_path/'unclip_nb').mkdir()
+    for f in BY_HAND: shutil.copy(LIB/f, tmp_path/'unclip_nb')
     run = subprocess.run([sys.executable, '-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()'],
                          cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -40,19 +42,30 @@ def test_package_is_what_the_notebooks_export(tmp_path):
     assert not [f for f in new if new[f] != old[f]], 'differ from their notebooks: make sync'
     assert (tmp_path/'pyproject.toml').read_text() == (ROOT/'pyproject.toml').read_text()
 
+def test_import_is_quick_and_offers_the_system():
+    "`import unclip_nb` loads nothing else; the name that everybody wants is one import away; type checkers may read the annotations."
+    code = "import sys, unclip_nb; assert not {'torch', 'unclip_nb.core'} & set(sys.modules); from unclip_nb import UnCLIP; print(UnCLIP.__module__)"
+    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
+    assert run.stdout == 'unclip_nb.pipeline\n', run.stderr
+    import unclip_nb
+    with pytest.raises(AttributeError, match='no attribute .nothing'): unclip_nb.nothing
+    assert (LIB/'py.typed').exists()
+
 def own_imports(tree):
     "Modules of this package that code imports, wherever the statement stands"
     for n in ast.walk(tree):
         if isinstance(n, ast.ImportFrom):
             if n.level or n.module == 'unclip_nb':
-                yield from [n.module.split('.')[0]] if n.level and n.module else [a.name for a in n.names if a.name != '__version__']
+                names = [n.module.split('.')[0]] if n.level and n.module else [a.name for a in n.names if a.name != '__version__']
+                yield from (dict(UnCLIP='pipeline').get(name, name) for name in names)          # `__init__` hands it on
             elif (n.module or '').startswith('unclip_nb.'): yield n.module.split('.')[1]
         elif isinstance(n, ast.Import):
             yield from (a.name.split('.')[1] for a in n.names if a.name.startswith('unclip_nb.'))
 
 def test_own_imports_sees_every_form():
-    code = 'from .a import x\nfrom . import b\nfrom unclip_nb.c import y\nfrom unclip_nb import d\ndef f():\n    import unclip_nb.e as z\nimport torch'
-    assert sorted(own_imports(ast.parse(code))) == list('abcde')
+    code = ('from .a import x\nfrom . import b\nfrom unclip_nb.c import y\nfrom unclip_nb import d\ndef f():\n    import unclip_nb.e as z\nimport torch\n'
+            'from unclip_nb import UnCLIP, __version__')
+    assert sorted(own_imports(ast.parse(code))) == [*'abcde', 'pipeline']
 
 @modules
 def test_module_imports_only_smaller_numbers(path):
@@ -97,7 +110,49 @@ def test_stored_as_one_fresh_run(path):
 
 @notebooks
 def test_says_its_kernel_and_no_more(path):
-    assert list(json.loads(path.read_text('utf8'))['metadata']) == ['kernelspec'], 'tools/nbrun.py --tidy'
+    "`language_info` is what JupyterLab adds to every notebook that it saves; `tools/nbrun.py --tidy` removes it"
+    assert set(json.loads(path.read_text('utf8'))['metadata']) - {'language_info'} == {'kernelspec'}, 'tools/nbrun.py --tidy'
+
+def as_lab_saves(nb):
+    "What JupyterLab writes when a notebook was opened, folded, looked at and saved without its kernel's environment being ours"
+    nb['metadata'] = dict(kernelspec=dict(display_name='Python 3 (ipykernel)', language='python', name='python3'),
+                          language_info=dict(name='python', version='3.11.7', file_extension='.py', mimetype='text/x-python',
+                                             codemirror_mode=dict(name='ipython', version=3), pygments_lexer='ipython3'))
+    for c in nb['cells']:
+        extra = {'jp-MarkdownHeadingCollapsed': True} if c['cell_type'] == 'markdown' else {'scrolled': True, 'execution': {'iopub.status.busy': '2026-11-27'}}
+        c['metadata'] = c['metadata'] | dict(editable=True, slideshow=dict(slide_type='')) | extra
+        for o in c.get('outputs', []):
+            for k in o.get('data', {}):
+                if k in ('image/png', 'image/jpeg'): o['data'][k] = ''.join(o['data'][k]).rstrip() + '\n'
+    return nb
+
+@pytest.mark.parametrize('name', ['00_core', '17_widgets', 'solutions/00_core'])
+def test_saved_in_lab_a_notebook_still_passes(name, tmp_path):
+    "Also where nobody installed tools/jupyter_server_config.py; `tools/nbrun.py --tidy` then gives the file as it was."
+    was, path = NBS/f'{name}.ipynb', tmp_path/f'{Path(name).name}.ipynb'
+    path.write_text(json.dumps(as_lab_saves(json.loads(was.read_text('utf8'))), indent=1, ensure_ascii=False) + '\n', 'utf8')
+    assert path.read_bytes() != was.read_bytes()
+    for check in (test_stored_as_one_fresh_run, test_says_its_kernel_and_no_more, test_small, test_opens_with_a_title_and_a_purpose): check(path)
+    tidy = subprocess.run([sys.executable, ROOT/'tools'/'nbrun.py', '--tidy', path], cwd=ROOT, capture_output=True, text=True)
+    assert tidy.returncode == 0 and path.read_bytes() == was.read_bytes(), tidy.stderr
+
+@pytest.mark.parametrize('name', ['00_core', '17_widgets'])
+def test_labs_of_this_environment_save_what_was_there(name, tmp_path):
+    "What tools/jupyter_server_config.py does before a save; of notebooks elsewhere it takes nothing"
+    from traitlets.config import Config
+    hook = Config()
+    exec((ROOT/'tools'/'jupyter_server_config.py').read_text('utf8'), dict(c=hook))
+    was = json.loads((NBS/f'{name}.ipynb').read_text('utf8'))
+    for cell in was['cells']:
+        for o in cell.get('outputs', []): o.get('data', {}).update({k: ''.join(v).rstrip() for k, v in o.get('data', {}).items() if k.startswith('image/')})
+    def saved(path, root):
+        model = dict(type='notebook', content=as_lab_saves(json.loads((NBS/f'{name}.ipynb').read_text('utf8'))))
+        hook.ContentsManager.pre_save_hook(model=model, path=path, contents_manager=type('', (), dict(root_dir=str(root))))
+        for cell in model['content']['cells']:
+            for o in cell.get('outputs', []): o.get('data', {}).update({k: ''.join(v).rstrip() for k, v in o.get('data', {}).items() if k.startswith('image/')})
+        return model['content']
+    assert saved(f'nbs/{name}.ipynb', ROOT) == saved(f'{name}.ipynb', NBS) == was
+    assert 'language_info' in saved('other.ipynb', tmp_path)['metadata']
 
 @notebooks
 def test_small(path): assert path.stat().st_size <= 400_000
@@ -113,6 +168,48 @@ def test_lesson_closes_with_summary_exercises_and_next(path):
     text = '\n'.join(source(c) for c in cells(path, 'markdown'))
     assert not [w for w in ('Summary', 'Exercises', 'Next:') if w.lower() not in text.lower()]
     assert (NBS/'solutions'/path.name).exists()
+
+# Stored pictures
+
+def drawn(path, pixels, stored=None, colour='red', **metadata):
+    "A notebook of one cell that draws `pixels` as a PNG of 64 px, and stores the picture of `stored`."
+    code = ("from IPython.display import Image as Show\nfrom PIL import Image\nimport io\nout = io.BytesIO()\n"
+            "picture = Image.new('RGB', (64, 64), 'navy')\npicture.paste('red', {})\npicture.save(out, 'PNG')\nShow(out.getvalue())")
+    from PIL import Image
+    picture, out = Image.new('RGB', (64, 64), 'navy'), io.BytesIO()
+    picture.paste(colour, stored or pixels)
+    picture.save(out, 'PNG')
+    output = dict(output_type='execute_result', execution_count=1, metadata={},
+                  data={'image/png': base64.b64encode(out.getvalue()).decode(), 'text/plain': ['<IPython.core.display.Image object>']})
+    cell = dict(cell_type='code', id='a', execution_count=1, metadata=metadata, outputs=[output], source=code.format(pixels))
+    kernel = dict(kernelspec=dict(name='python3', display_name='python3', language='python'))
+    path.write_text(json.dumps(dict(cells=[cell], metadata=kernel, nbformat=4, nbformat_minor=5)))
+
+def test_a_stored_picture_that_is_another_one_fails(tmp_path):
+    "Nbval looks at words and numbers; conftest.py adds the pictures: a square a little further to the side is found, another shade is not."
+    drawn(tmp_path/'same.ipynb', (8, 8, 32, 32))
+    drawn(tmp_path/'nearly.ipynb', (8, 8, 32, 32), colour='#fa0205')
+    drawn(tmp_path/'stale.ipynb', (8, 8, 32, 32), (16, 8, 40, 32))
+    drawn(tmp_path/'varies.ipynb', (8, 8, 32, 32), (16, 8, 40, 32), tags=['picture-varies'])
+    cmd = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-p', 'conftest', '--nbval', '--rootdir', tmp_path, tmp_path]
+    run = subprocess.run(cmd, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=os.environ | dict(PYTHONPATH=str(ROOT)))
+    assert '1 failed, 3 passed' in run.stdout and 'stale.ipynb' in run.stdout and 'is another one than stored' in run.stdout, run.stdout + run.stderr
+
+def test_pictures_are_told_apart_as_a_person_would(monkeypatch):
+    "Another quality of JPEG, fewer colours: the same picture. Another size of the figure, another scene: not."
+    monkeypatch.syspath_prepend(str(ROOT/'tools'))
+    import pictures
+    from unclip_nb.core import to_pil
+    from unclip_nb.shapes import EIGHT_SCENES, render
+    def saved(image, kind='PNG', **how):
+        out = io.BytesIO()
+        image.save(out, kind, **how)
+        return base64.b64encode(out.getvalue()).decode()
+    a, b = (to_pil(x) for x in render(EIGHT_SCENES[:2], 96))
+    assert max(pictures.distance(saved(a), saved(x, kind, **how)) for x, kind, how in
+               ((a, 'JPEG', dict(quality=75, subsampling=0)), (a.quantize(64), 'PNG', {}), (a.convert('RGBA'), 'PNG', {}))) < pictures.BOUND
+    assert pictures.distance(saved(a), saved(b)) > 5 * pictures.BOUND
+    assert pictures.distance(saved(a), saved(a.resize((96, 48)))) == float('inf')
 
 # The files
 
@@ -140,6 +237,7 @@ def test_every_requirement_is_pinned():
 def test_version_is_the_same_everywhere():
     cp = ConfigParser(delimiters=['=']); cp.read(ROOT/'settings.ini')
     assert f'__version__ = "{cp["DEFAULT"]["version"]}"' in (LIB/'__init__.py').read_text()
+    assert f'\nversion: {cp["DEFAULT"]["version"]}\n' in (ROOT/'CITATION.cff').read_text()
 
 def test_tables_are_what_their_files_say():
     run = subprocess.run([sys.executable, str(ROOT/'tools'/'tables.py'), '--check'], cwd=ROOT, capture_output=True, text=True)
@@ -148,3 +246,50 @@ def test_tables_are_what_their_files_say():
 def test_readme_is_short():
     words = [w for w in (ROOT/'README.md').read_text('utf8').split() if re.search(r'\w', w)]
     assert len(words) <= 700
+
+# The docs site
+
+@pytest.fixture(scope='module')
+def mathjax():
+    "docs/equations.py, where its MathJax and its node are installed"
+    pytest.importorskip('playwright')
+    if not importlib.util.find_spec('sphinx-mathjax-offline'): pytest.skip('sphinx-mathjax-offline is not installed')
+    spec = importlib.util.spec_from_file_location('equations', ROOT/'docs'/'equations.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+def test_equations_of_the_notebooks_render(mathjax):
+    found = [(p.stem, tex.strip('$'), tex.startswith('$$')) for p in NOTEBOOKS for c in cells(p, 'markdown')
+             for tex in re.findall(r'\$\$.+?\$\$|(?<![\\$\w])\$[^$\n]+?\$(?![\w$])', re.sub(r'`[^`]*`', '', source(c)), re.S)]
+    said = mathjax.errors([f[1:] for f in found])
+    assert len(found) > 500 and not [(*f[:2], e) for f, e in zip(found, said) if e]
+
+def site(folder, *texts):
+    "What sphinx-build says of a site of these markdown cells, and its pages."
+    (folder/'nbs').mkdir()
+    for name, text in zip(('index', *(f'{k:02}_page' for k in range(len(texts)))), ('# Tour', *texts)):
+        cell = dict(cell_type='markdown', id='a', metadata={}, source=text)
+        kernel = dict(kernelspec=dict(name='python3', display_name='python3', language='python'))
+        (folder/'nbs'/f'{name}.ipynb').write_text(json.dumps(dict(cells=[cell], metadata=kernel, nbformat=4, nbformat_minor=5)), 'utf8')
+    cmd = [sys.executable, '-m', 'sphinx', '-q', '-b', 'html', '-c', ROOT/'docs', folder/'nbs', folder/'html']
+    run = subprocess.run(cmd, capture_output=True, text=True, timeout=300)
+    return run, {p.stem: p.read_text('utf8') for p in (folder/'html').glob('*.html')}
+
+def test_docs_fail_on_an_equation_that_readers_see_in_red(mathjax, tmp_path):
+    good = '# Good\n\n$$w = \\begin{cases}1 & x\\\\ 2 & y\\end{cases} \\tag{7}$$\n\nand $x^2$'      # \\tag beside \\\\: what Sphinx spoiled in 08
+    run, pages = site(tmp_path, good)
+    assert run.returncode == 0, run.stderr
+    assert '<span class="caption-text">More</span>' in pages['index']                                  # in no part of the book: still in the side bar
+    again = tmp_path/'again'
+    again.mkdir()
+    run, _ = site(again, good, '# Bad\n\n$$\\frac{1}{2$$\n\nand $\\unheardof$')
+    assert run.returncode and '2 of 4 equations do not render' in run.stderr, run.stderr
+    assert '01_page' in run.stderr and 'unheardof' in run.stderr
+
+def test_every_lesson_has_a_place_in_the_side_bar(mathjax, monkeypatch):
+    pytest.importorskip('myst_nb')
+    monkeypatch.syspath_prepend(str(ROOT/'docs'))
+    import nbdev_docs
+    shown = [page for _, pages in nbdev_docs.by_part(NBS) for _, page in pages]
+    assert sorted(shown) == sorted(p.relative_to(NBS).as_posix()[:-6] for p in NOTEBOOKS if p.stem != 'index')

@@ -2,6 +2,7 @@
 browser's tests are skipped, and say so. Screenshots go to the folder named by SHOTS."""
 import base64, io, json, os, re, shutil, socket, subprocess, sys, threading, time, urllib.error, urllib.request, warnings
 from pathlib import Path
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -28,9 +29,17 @@ def test_a_label_names_what_the_sliders_say():
 
 def test_scrub_html_counts_and_escapes():
     page = scrub_html([b"a", b"b"], {"<x>": [0, 1]}, ["1 < 2", '"two"'])
-    assert "<x>" not in page and "1 &lt; 2" in page and "&quot;two&quot;" in page and page.count("<img") == 2 and page.count(" hidden") == 1
-    assert scrub_html([b"a"], {"x": ["only"]}).count("<input") == 1
-    assert scrub_html([b"a"] * 3, {"row": ["only"], "x": [0, 1, 2]}).count("<input") == 1          # nothing to choose among one row
+    assert "<x>" not in page and "1 &lt; 2" in page and "&quot;two&quot;" in page and page.count("<img") == 2 and page.count(" onload") == 1
+    assert '[[&quot;x&quot;, 1]]' in scrub_html([b"a"], {"x": ["only"]})
+    assert '[[&quot;x&quot;, 3]]' in scrub_html([b"a"] * 3, {"row": ["only"], "x": [0, 1, 2]})       # nothing to choose among one row
+
+def test_without_scripts_a_strip_is_a_labelled_sheet():
+    "What is left when a page takes every script away: all pictures, in rows and columns with their labels, and no dead slider."
+    from bs4 import BeautifulSoup
+    page = BeautifulSoup(scrub_html([bytes([k]) for k in range(6)], {"row": ["up", "down"], "θ": [0, 0.5, 1]}), "html.parser")
+    rows = [[e.get_text() or base64.b64decode(e.img["src"].split(",")[1])[0] if e.img else e.get_text() for e in row.find_all(["th", "td"])] for row in page.find_all("tr")]
+    assert rows == [["", "θ = 0", "θ = 0.5", "θ = 1"], ["up", 0, 1, 2], ["down", 3, 4, 5]]
+    assert not page.find_all(["input", "script", "button"]) and all(int(i["width"]) <= 213 for i in page.find_all("img"))
     with pytest.raises(UnclipError, match="2 pictures for 3 places"): scrub_html([b"a", b"b"], {"x": [0, 1, 2]})
 
 @pytest.mark.parametrize("batch", [1, 2, 6])
@@ -229,6 +238,7 @@ def serve(cmd, probe, tmp):
     env = os.environ | {k: str(tmp/v) for k, v in own.items()} | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
     (tmp/"config"/"labconfig").mkdir(parents=True)                                   # no 'Jupyter news' pop-up
     (tmp/"config"/"labconfig"/"page_config.json").write_text('{"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": true}}')
+    shutil.copy(ROOT/"tools"/"jupyter_server_config.py", tmp/"config")                # as `make setup` does for the environment
     with open(tmp/"server.log", "w") as log:
         p = subprocess.Popen([*cmd, f"--port={port}"], env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True, cwd=ROOT)
     url, end = f"http://127.0.0.1:{port}", time.time() + PATIENCE
@@ -375,6 +385,15 @@ def test_a_strip_flips_without_a_kernel(page):
     assert bytes_of(other.locator("img:visible")) == as_jpeg(tint(0))
     strip.locator("input").nth(1).focus(); page.keyboard.press("ArrowRight"); assert bytes_of(strip.locator("img:visible")) == as_jpeg(tint(4))
 
+def test_a_page_without_scripts_shows_the_sheet(page):
+    "The same HTML where no script runs: two rows of three pictures, all to be seen."
+    strip = scrub_html([as_jpeg(tint(k)) for k in range(6)], {"row": ["a", "b"], "x": [0, 1, 2]})
+    bare = re.sub(r' onload="[^"]*"', "", strip)                                                  # as JupyterLab does with an untrusted notebook
+    page.set_content(bare)
+    assert [bytes_of(i) for i in page.locator(".scrub img").all()] == [as_jpeg(tint(k)) for k in range(6)]
+    assert page.locator(".scrub img:visible").count() == 6 and page.locator(".scrub input").count() == 0
+    assert page.locator(".scrub th").all_inner_texts() == ["", "x = 0", "x = 1", "x = 2", "a", "b"]
+
 def test_voila_page(page, voila):
     page.goto(voila)
     titles = page.locator(".unclip-scrub h3"); titles.nth(5).wait_for()
@@ -385,6 +404,47 @@ def test_voila_page(page, voila):
     text.fill(" "); text.press("Enter"); caption.says(".scrub-error", "^caption 1 is empty")        # while others compute: the kernel is free
     card = Card(page, "From one"); before = scrub(card); shoot(page, "voila_first")
     upload_and_stop(card, before)
+
+def kernels(pid):
+    "The kernels that a server runs, but for one that is just ending."
+    found = []
+    for child in psutil.Process(pid).children(recursive=True):
+        try:
+            if "ipykernel_launcher" in " ".join(child.cmdline()): found.append(child.pid)
+        except psutil.NoSuchProcess: pass                                                         # a zombie is one too
+    return found
+
+@pytest.fixture
+def bare_app(chromium, tmp_path):
+    "The app as it is started, with kernels that are culled after two seconds without a page."
+    p, url = serve([sys.executable, str(ROOT/"tools"/"app.py"), "--no-browser", "--Voila.ip=127.0.0.1", "--MappingKernelManager.cull_idle_timeout=2",
+                    "--MappingKernelManager.cull_interval=1"], "/voila/nothing", tmp_path)
+    yield p.pid, url
+    stop(p)
+
+def test_the_app_keeps_to_itself(page, bare_app):
+    "Nothing is loaded from elsewhere, other names for this machine are refused, a large file is answered, and a visit leaves no process."
+    pid, url = bare_app
+    asked = []
+    page.on("request", lambda r: asked.append(r.url))
+    page.goto(url)
+    page.locator(".picker-upload").first.wait_for()
+    assert len(kernels(pid)) == 1
+    assert not [u for u in asked if not u.startswith((url, "data:", "blob:", url.replace("http", "ws")))]
+    icon = page.locator(".picker-upload i").first
+    assert "Awesome" in icon.evaluate("e => getComputedStyle(e, '::before').fontFamily + getComputedStyle(e).fontFamily")
+    card = Card(page, "From one")
+    send(card, 0, "huge.png", b"\0" * 11_000_000)
+    card.says(".picker-error >> nth=0", "^huge.png has 11.0 MB: choose one of at most 9 MB$")
+    send(card, 0, "letter.png", b"Dear Sir or Madam")
+    card.says(".picker-error >> nth=0", "cannot read 'letter.png' as a picture")
+    page.goto("about:blank")                                                                      # the page says goodbye
+    until(lambda: not kernels(pid), 20, 0.2)
+    foreign = urllib.request.Request(url, headers={"Host": "evil.example.com"})
+    with pytest.raises(urllib.error.HTTPError) as e: urllib.request.urlopen(foreign, timeout=60)
+    assert e.value.code == 403 and not kernels(pid)
+    urllib.request.urlopen(url, timeout=PATIENCE).read()                                          # a visitor that never closes: no browser at all
+    until(lambda: not kernels(pid), 60, 0.5)
 
 def open_notebook(page, server, path):
     "Open, wait until the page has its kernel, run all cells."
@@ -431,3 +491,23 @@ def test_lab_opens_the_tour(page, lab):
     "What `make lab` opens, up to its first picture; the rest is nbval's."
     open_notebook(page, lab, "/lab/tree/index.ipynb?reset")
     page.locator(".jp-OutputArea-executeResult img").wait_for(); no_errors(page); end_kernels(lab)
+
+def test_lab_saves_a_notebook_as_it_was(page, lab, notebooks):
+    "Opened and saved by hand, `00_core` is what it was: no `language_info`, no timings, every count and picture."
+    file, stored = notebooks/"00_core.ipynb", (ROOT/"nbs"/"00_core.ipynb").read_text("utf8")
+    file.write_text(stored.replace('"name": "python3"', '"name":  "python3"'), "utf8")                # so that a save can be seen
+    before = file.stat().st_mtime_ns
+    page.goto(f"{lab}/lab/tree/00_core.ipynb?reset")
+    page.locator(".jp-CodeCell").nth(2).wait_for()
+    until(lambda: any(s["kernel"]["execution_state"] == "idle" for s in json.load(urllib.request.urlopen(f"{lab}/api/sessions"))), PATIENCE, 0.2)
+    page.locator(".jp-MarkdownCell").first.click()
+    page.keyboard.press("Control+s")
+    until(lambda: file.stat().st_mtime_ns != before, 60, 0.2)
+    def content(text):
+        nb = json.loads(text)
+        for o in (o for cell in nb["cells"] for o in cell.get("outputs", [])):
+            for kind, data in o.get("data", {}).items():
+                if kind.startswith("image/"): o["data"][kind] = "".join(data).rstrip()
+        return nb
+    assert content(file.read_text("utf8")) == content(stored)
+    end_kernels(lab)

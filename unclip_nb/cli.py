@@ -635,6 +635,9 @@ def info_command(c:Info):
         if r["training"] or r["draw"]: print(f"{r['stage']:12}{spent}{r['draw_steps'] or '':>17}{short(r['draw']):>10}")
     print(f"in training: weights, gradients, Adam's moments, the average; * the preset checkpoints; GPU-days at {c.utilisation:.0%} of {c.gpu_tflops:g} TFLOP/s")
 
+# %% ../nbs/19_cli.ipynb #c1f0a001
+from . import __version__
+
 # %% ../nbs/19_cli.ipynb #d4fc0f04
 COMMANDS = {"generate": (Generate, generate_command), "vary": (Vary, vary_command), "interpolate": (Interpolate, interpolate_command), "edit": (Edit, edit_command),
             "evaluate": (Evaluate, evaluate_command), "embed": (Embed, embed_command), "info": (Info, info_command), "demo": (Demo, demo_command)}
@@ -650,6 +653,7 @@ def main(argv:list[str]|None=None):
     name = argv[0] if argv else "--help"
     try:
         if name in ("-h", "--help"): print(usage())
+        elif name in ("-V", "--version"): print(f"unclip {__version__}")
         elif name == "train": train_command(argv[1:])
         elif name in COMMANDS:
             options, run = COMMANDS[name]
@@ -658,3 +662,7 @@ def main(argv:list[str]|None=None):
     except UnclipError as e: print(f"unclip: {e}", file=sys.stderr); sys.exit(2)
     except KeyboardInterrupt: print("unclip: stopped", file=sys.stderr); sys.exit(130)
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); sys.exit(1)      # `unclip info | head`
+
+# %% ../nbs/19_cli.ipynb #c1f0a003
+if __name__ == "__main__" and "__file__" in globals():
+    main()
