@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from .core import UnclipError, as_images, number, resize, to_pil
+from .core import UnclipError, as_images, expand, number, resize, to_pil
 from .data import OpenCLIPTokenizer, Tokenizer, import_open_clip, write_text
 from .train import Stage, load_weights, plain_names, writing
 
@@ -368,7 +368,7 @@ def load_clip(
     device="cpu",  # where it shall live
 ) -> CLIP:
     "The CLIP behind `--clip NAME|FILE`. Raises `UnclipError` where there is none."
-    path = Path(name)
+    path = expand(name)
     if path.suffix == ".safetensors" and path.is_file(): path = path.parent
     model, _, weights = str(name).partition(":")
     if path.is_dir() or "/" in model: return CLIP.from_pretrained(path).to(device)

@@ -22,7 +22,7 @@ from .shapes import caption, matches, parse_caption, read_scene, render, scene_a
 # %% ../nbs/18_evaluation.ipynb #c7533d6f
 def wilson(right:int, asked:int, z:float=1.96) -> tuple[float, float]:
     "Wilson's 95 % confidence interval for a share; (0, 1) where nothing was asked."
-    asked, z = number("asked", asked, low=0, whole=True), number("z", z, low=0)
+    asked, z = number("asked", asked, low=0, whole=True), number("z", z, low=0, high=100)
     right = number("right", right, low=0, high=asked, whole=True)
     if asked == 0: return 0.0, 1.0
     p, n = right / asked, asked
