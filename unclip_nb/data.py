@@ -22,7 +22,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageOps
 from safetensors import safe_open
 from torch import Tensor
-from .core import UnclipError, generator, seed_for
+from .core import UnclipError, generator, open_picture, seed_for
 from .shapes import Scene, caption, near_misses, render, scene_at
 
 # %% ../nbs/02_data.ipynb #0253be8b
@@ -137,14 +137,9 @@ def read_picture(
     source:bytes|str|Path, # a file, or what is in it
     size:int,              # side of the result in pixels
 ) -> UInt8[Tensor, "3 size size"]:
-    "A picture file as RGB bytes: turned as its EXIF says, transparency on white, centre-cropped to a square, resized with antialiasing."
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as im:
-        im.draft("RGB", (2 * size, 2 * size))                 # a large JPEG shrinks while it is decoded
-        im = ImageOps.exif_transpose(im)
-        if im.mode.startswith("I"): im = im.convert("I").point(lambda v: v / 256).convert("L")   # 16 bits of gray
-        if im.has_transparency_data: im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA"))
-        im = ImageOps.fit(im.convert("RGB"), (size, size), Image.BICUBIC)
-        return torch.frombuffer(bytearray(im.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1).contiguous()
+    "A picture file as RGB bytes: read by `open_picture`, centre-cropped to a square, resized with antialiasing. Raises its `UnclipError`."
+    image = ImageOps.fit(open_picture(source, size), (size, size), Image.BICUBIC)
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1).contiguous()
 
 # %% ../nbs/02_data.ipynb #ec726781
 class Captioned:
@@ -304,8 +299,7 @@ def _try_pictures(sources, size):
     def one(s):
         if isinstance(s, dict): s = s.get("bytes") or s.get("path")
         try: return read_picture(s, size) if s else "no picture"
-        except FileNotFoundError: return "the file is missing"
-        except Exception as e: return f"unreadable ({type(e).__name__})"
+        except UnclipError as e: return str(e)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool: return list(pool.map(one, sources))
 
 # %% ../nbs/02_data.ipynb #675cc90a

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from .ar_prior import ARPrior
 from .clip import CLIP
-from .core import UnclipError, data_path, generator, pick_device, resize, to_tensor
+from .core import UnclipError, data_path, generator, open_picture, pick_device, resize, to_tensor
 from .decoder import Decoder
 from .diffusion import Steps
 from .diffusion_prior import DiffusionPrior
@@ -170,14 +170,6 @@ def decode(
 # %% ../nbs/15_pipeline.ipynb #de8a9afa
 def as_picture(image) -> Float[Tensor, "3 h w"]:
     "One PIL image of any mode, upright, as a tensor in [-1, 1]. Raises `UnclipError` for floats whose scale cannot be told."
-    import numpy as np
-    from PIL import Image, ImageOps
-    image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":                                               # 16-bit grey saturates in Pillow's own convert("RGB"), floats of 0 to 1 turn black
-        x = np.asarray(image, dtype="float32")
-        if image.mode == "F" and not 0 <= x.min() <= x.max() <= 255: raise UnclipError(f"a picture of floats from {x.min():g} to {x.max():g}: scale it to 0 to 1, or to 0 to 255")
-        x = x.clip(0, 65535) / 257 if image.mode[0] == "I" else x * 255 if x.max() <= 1 else x
-        image = Image.fromarray(x.round().astype("uint8"))
     return to_tensor(image)
 
 # %% ../nbs/15_pipeline.ipynb #97231325
@@ -185,13 +177,10 @@ def load_image(
     path:str|Path,   # PNG, JPEG or anything else that Pillow reads
 ) -> Float[Tensor, "3 h w"]:
     "A picture from a file in [-1, 1]: upright as its EXIF says, transparency on white, grey as RGB. Raises `UnclipError` for what is not a picture."
-    from PIL import Image
-    try:
-        with Image.open(path) as image: return as_picture(image)
-    except UnclipError as e: raise UnclipError(f"cannot use {str(path)!r}: {e}") from None
-    except FileNotFoundError: raise UnclipError(f"no file {str(path)!r}: give the path of a PNG or JPEG") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise UnclipError(f"cannot read {str(path)!r} as a picture ({type(e).__name__}): give a PNG or JPEG") from None
+    try: return to_tensor(open_picture(path))
+    except UnclipError as e:
+        if str(e) == "the file is missing": raise UnclipError(f"no file {str(path)!r}: give the path of a PNG or JPEG") from None
+        raise UnclipError(f"cannot read {str(path)!r} as a picture, {e}: give a PNG or JPEG") from None
 
 # %% ../nbs/15_pipeline.ipynb #85bc0fa1
 @dataclass
