@@ -6,7 +6,7 @@
 __all__ = ['log', 'SPLITS', 'PICTURES', 'CAPTION_COLUMNS', 'Tokenizer', 'write_text', 'mend_torchvision', 'import_open_clip',
            'OpenCLIPTokenizer', 'read_picture', 'Captioned', 'digest', 'what_differs', 'ShapesData', 'of_split',
            'say_split', 'hold_out', 'read_folder', 'picture_facts', 'PictureData', 'StreamData', 'find_columns',
-           'load_captioned', 'Batches', 'EmbeddedData']
+           'load_captioned', 'Batches', 'say_cut', 'is_embedded', 'EmbeddedData']
 
 # %% ../nbs/02_data.ipynb #9b0639c5
 import csv, hashlib, io, json, logging, os, re, tarfile
@@ -148,6 +148,10 @@ class Captioned:
         "The rows at `indices`: `image` (b, 3, s, s) in [-1, 1], and `caption`, a list of b."
         indices = [int(i) for i in indices]
         return {"image": self.images(indices), "caption": self.texts(indices)}
+
+    def identity(self) -> dict:
+        "What the rows are, for a record that a resumed training or `embed` compares."
+        return {"source": type(self).__name__, "count": len(self), "digest": digest(self.texts(range(len(self))))}
 
     def __getitem__(self, i:int) -> dict:
         b = self.batch([range(len(self))[i]])               # range brings negative indices and IndexError
@@ -404,6 +408,10 @@ def picture_facts(
     places = range(len(names)) if rows._indices is None else rows._indices.column(0).to_pylist()
     return [fact(names[i], sizes[i]) for i in places]
 
+def _first(told):
+    "The first five of a list in words."
+    return "; ".join(told[:5]) + (f" and {len(told) - 5} more" if len(told) > 5 else "")
+
 def _name_of(image, otherwise):
     "What to call a row's picture in a message."
     image = image or {}
@@ -449,7 +457,7 @@ class PictureData(Captioned):
             good, found = [i for i, x in zip(good, found) if not isinstance(x, str)], [x for x in found if not isinstance(x, str)]
             if found: self.pixels = torch.stack(found)
         self.index, self._texts = good, [texts[i] for i in good]
-        told = "; ".join(self.skipped[:5]) + (f" and {len(self.skipped) - 5} more" if len(self.skipped) > 5 else "")
+        told = _first(self.skipped)
         if not good: raise UnclipError(f"{name}: none of its {total} pictures can be read and has a caption ({told})")
         if self.skipped: log.warning("%s: skipped %d of %d: %s", name, len(self.skipped), total, told)
 
@@ -492,8 +500,10 @@ class StreamData:
         name:str="the data set", # for messages
         buffer:int=1000,         # rows held for shuffling
         known:dict|None=None,    # source, split and what else tells its rows from others, for `identity`
+        skipped:Sequence[str]=(),# what the reader of the files left out already
     ):
-        self.stream, self.size, self.name, self.buffer, self.skipped = rows, size, name, buffer, []
+        self.stream, self.size, self.name, self.buffer, self.skipped = rows, size, name, buffer, [*skipped]
+        if skipped: log.warning("%s: skipped %d: %s", name, len(skipped), _first(skipped))
         self.known = known or {"source": name}
 
     def identity(self) -> dict:
@@ -694,7 +704,9 @@ def load_captioned(
     if folder and not files: rows, skipped = _folder_rows(path, split, caption_column)
     elif files:
         kind, mine, own = _shards_of(source, files, split)
-        if kind == "tar": rows, skipped = _tar_rows(source, mine, image_column, caption_column)
+        if kind == "tar":
+            rows, skipped = _tar_rows(source, mine, image_column, caption_column)
+            if not own and split == "valid": skipped = ()               # told with the training split
         else: rows = _standard(_parquet_rows(source, mine, streaming), image_column, caption_column)
         if kind == "parquet" and streaming: known = {"digest": digest(f"{f.name}\t{f.stat().st_size}" for f in mine)}
     elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
@@ -712,7 +724,7 @@ def load_captioned(
         lines = (f"{fact}\t{text}" for fact, text in zip(picture_facts(rows, root), rows["caption"]))
         known |= {"count": len(rows), "digest": digest(lines)}
         rows = rows.to_iterable_dataset()
-    return StreamData(rows, size, name, known=known)
+    return StreamData(rows, size, name, known=known, skipped=skipped)
 
 # %% ../nbs/02_data.ipynb #6ee3c5e9
 class Batches:
@@ -727,6 +739,8 @@ class Batches:
     ):
         self.data, self.batch_size, self.tokenizer, self.seed, self.distinct, self.prepare = data, batch_size, tokenizer, seed, distinct, prepare
         self._order, self._stream = (None, None), None
+        if hasattr(tokenizer, "lengths") and hasattr(data, "captions"):
+            say_cut(tokenizer, data.captions(1000), getattr(data, "name", "the data set"))
 
     def order(self, epoch:int) -> Int[Tensor, "n"]:
         "The permutation of all rows in `epoch`; the rows of a group stay together."
@@ -784,7 +798,43 @@ def _groups(self:Batches, size):
         group.append(row); seen.add(row["caption"]); twins = 0
         if len(group) == size: yield group; group, seen = [], set()
 
+# %% ../nbs/02_data.ipynb #cafe7a02
+@patch
+def lengths(self:Tokenizer, captions:Sequence[str]) -> list[int]:
+    "How many tokens each caption needs, start and end included."
+    whole = self.bpe.encode_batch(list(captions))
+    return [sum(sum(part.attention_mask) - 2 for part in (e, *e.overflowing)) + 2 for e in whole]
+
+@patch
+def lengths(self:OpenCLIPTokenizer, captions:Sequence[str]) -> list[int]:
+    "How many tokens each caption needs, start and end included."
+    return [len(self.inner.encode(c)) + 2 for c in captions]
+
+def say_cut(
+    tokenizer,              # with `lengths` and `context_length`
+    captions:Sequence[str], # a sample of a data set's
+    name:str="the data set",
+) -> float: # the share of captions that are cut
+    "Log the share of captions that are longer than the tokenizer's rows, and the flag that makes room."
+    lengths = tokenizer.lengths(captions)
+    cut = sum(n > tokenizer.context_length for n in lengths)
+    if cut:
+        log.warning("%s: %.0f %% of %d captions are cut at %d tokens: train a CLIP with --clip.model.context-length %d to keep them whole",
+                    name, 100 * cut / len(lengths), len(lengths), tokenizer.context_length, max(lengths))
+    return cut / max(1, len(lengths))
+
 # %% ../nbs/02_data.ipynb #05651fa1
+def is_embedded(
+    folder:str|Path,
+) -> bool:
+    "Whether `embed` wrote this folder, finished or not. A folder of pictures may hold a meta.json of its own."
+    folder = Path(folder)
+    for name in ("begun.json", "meta.json"):
+        try: found = json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else None
+        except (OSError, ValueError, RecursionError): found = None
+        if isinstance(found, dict) and "clip_fingerprint" in found: return True
+    return os.path.isdir(folder) and any(folder.glob("shard_*.safetensors"))
+
 class EmbeddedData(Captioned):
     "CLIP embeddings from disk: `zi`, `zt`, `text` and `tokens` beside the captions. Needs neither `datasets` nor `open_clip`."
     def __init__(self,
@@ -798,10 +848,17 @@ class EmbeddedData(Captioned):
         if not isinstance(self.meta, dict): raise UnclipError(f"{folder / 'meta.json'} is broken: embed the data again")
         made_by = self.meta.get("clip_fingerprint")
         if fingerprint and made_by != fingerprint: raise UnclipError(f"{folder} was embedded with CLIP {made_by}, not {fingerprint}: embed the data again")
-        self._texts = [json.loads(line)["caption"] for line in (folder / "captions.jsonl").read_text(encoding="utf-8").splitlines()]
+        try:
+            with open(folder / "captions.jsonl", encoding="utf-8") as f: self._texts = [json.loads(line)["caption"] for line in f]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UnclipError(f"{folder / 'captions.jsonl'} is missing or broken: embed the data again") from None
         self.shards = [self._open(f) for f in sorted(folder.glob("shard_*.safetensors"))]
         self.starts = [0, *accumulate(len(s["zi"]) for s in self.shards)]
         if self.starts[-1] != len(self._texts): raise UnclipError(f"{folder} has {self.starts[-1]} embeddings for {len(self._texts)} captions: embed the data again")
+        if self.meta.get("captions", digest(self._texts)) != digest(self._texts):
+            raise UnclipError(f"{folder / 'captions.jsonl'} holds other captions than were embedded: embed the data again")
+        if len({tuple((k, x.shape[1:]) for k, x in sorted(s.items())) for s in self.shards}) > 1:
+            raise UnclipError(f"the shards in {folder} are unlike each other: delete them and embed again")
 
     @staticmethod
     def _open(file):
