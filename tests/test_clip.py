@@ -6,7 +6,7 @@ import pytest, torch
 import torch.nn.functional as F
 from unclip_nb.clip import (CLIP, CLIPConfig, ConvTower, build_towers, clip_loss, embed, gather_rows, load_clip, retrieval_at_k, similarity_sheet, zero_shot)
 from unclip_nb.core import UnclipError, resize
-from unclip_nb.data import Batches, EmbeddedData, ShapesData, Tokenizer, import_open_clip
+from unclip_nb.data import Batches, Captioned, EmbeddedData, ShapesData, Tokenizer, import_open_clip
 
 torch.set_num_threads(1)
 SMALL = CLIPConfig(embed_dim=24, vision_width=8, text_width=32, text_layers=1, text_heads=2)
@@ -318,3 +318,53 @@ def test_config_needs_no_open_clip():
     import subprocess, sys
     code = "import sys; from unclip_nb.clip import CLIPConfig; CLIPConfig.paper(); sys.exit('open_clip' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+class Drawings(ShapesData):
+    "A data set that is small, and whose captions or pictures can be replaced."
+    def __init__(self, start=0, word=""): super().__init__("valid"); self.start, self.word = start, word
+    def __len__(self): return 12
+    def batch(self, indices):
+        b = super().batch([i + self.start for i in indices])
+        return {**b, "caption": [self.word + c for c in b["caption"]]}
+    def texts(self, indices): return [self.word + c for c in super().texts([i + self.start for i in indices])]
+    def identity(self): return Captioned.identity(self)
+
+@pytest.mark.parametrize("other,n", [(lambda: ShapesData("train"), 12), (lambda: Drawings(100), 12), (lambda: Drawings(word="no "), 12), (lambda: Drawings(), 8)])
+def test_embed_refuses_a_folder_of_other_data(clip, tmp_path, other, n):
+    "Another split, other pictures of equal number, other captions, another number: 0 of the captions would belong to the embeddings."
+    embed(clip, Drawings(), tmp_path, n=12, progress=False)
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    with pytest.raises(UnclipError, match="holds embeddings of another .*choose another folder") as e: embed(clip, other(), tmp_path, n=n, progress=False)
+    assert "\n" not in str(e.value) and before == {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    embed(clip, Drawings(), tmp_path, n=12, progress=False)
+    stored = EmbeddedData(tmp_path, clip.fingerprint)
+    assert stored.identity()["data"] == Drawings().identity() == stored.meta["data"]
+    want = clip.embed_batch(Drawings().batch(range(12)))
+    assert torch.allclose(stored.batch(range(12))["zi"], want["zi"], atol=1e-5) and stored.captions(12) == want["caption"]
+
+def test_embed_refuses_a_replaced_folder(clip, tmp_path):
+    from PIL import Image
+    from unclip_nb.data import load_captioned
+    folder = tmp_path / "set"; folder.mkdir()
+    def fill(word):
+        for i in range(6): Image.new("RGB", (20, 20), word).save(folder / f"{i}.png"); (folder / f"{i}.txt").write_text(f"{word} {i}")
+    fill("red"); embed(clip, load_captioned(folder, size=32), tmp_path / "e", progress=False)
+    fill("blue")
+    with pytest.raises(UnclipError, match="digest was"): embed(clip, load_captioned(folder, size=32), tmp_path / "e", progress=False)
+    fill("red"); folder.rename(tmp_path / "renamed")                                 # the same rows by another name
+    assert len(EmbeddedData(embed(clip, load_captioned(tmp_path / "renamed", size=32), tmp_path / "e", progress=False))) == 5
+
+def test_embedded_captions_are_those_of_the_pictures(clip, tmp_path):
+    "A picture that cannot be read is stepped over with its caption."
+    from PIL import Image
+    from unclip_nb.data import PictureData, load_captioned
+    folder = tmp_path / "set"; folder.mkdir()
+    for i in range(8): Image.new("RGB", (20, 20), (30 * i, 0, 0)).save(folder / f"{i}.png"); (folder / f"{i}.txt").write_text(f"red {i}")
+    rows = load_captioned(folder, size=32).rows
+    for i in (2, 3): (folder / f"{i}.png").write_bytes(b"junk")
+    data = PictureData(rows, 32, "set", keep=False)
+    stored = EmbeddedData(embed(clip, data, tmp_path / "e", batch_size=3, progress=False))
+    for row in stored:
+        k = int(row["caption"].split()[1])
+        want = clip.encode_image(torch.tensor([30 * k, 0, 0]).view(1, 3, 1, 1).expand(1, 3, 32, 32) / 127.5 - 1)
+        assert k not in (2, 3) and torch.allclose(row["zi"], want[0], atol=1e-5)

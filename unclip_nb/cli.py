@@ -98,8 +98,8 @@ def clip_of(name:str, device:str="auto"):
 
 def load_rows(data:str, size:int, clip=None, **columns):
     "The training split of a data set, or the embeddings that `unclip embed` left in a folder (of the same CLIP)."
-    from unclip_nb.data import EmbeddedData, load_captioned
-    if not (Path(data)/"meta.json").exists(): return load_captioned(data, split="train", size=size, **columns)
+    from unclip_nb.data import EmbeddedData, is_embedded, load_captioned
+    if not is_embedded(data): return load_captioned(data, split="train", size=size, **columns)
     if clip is None: raise UnclipError(f"{data} holds embeddings: only priors can be trained from them")
     return EmbeddedData(data, fingerprint=clip.fingerprint)
 

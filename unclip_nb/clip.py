@@ -20,8 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from .core import UnclipError, as_images, expand, number, resize, to_pil
-from .data import OpenCLIPTokenizer, Tokenizer, import_open_clip, write_text
+from .data import (
+    OpenCLIPTokenizer, Tokenizer, digest, import_open_clip, say_cut, what_differs, write_text)
 from .train import Stage, load_weights, plain_names, writing
+from safetensors import SafetensorError, safe_open
 
 # %% ../nbs/05_clip.ipynb #639365a6
 def clip_loss(
@@ -317,27 +319,48 @@ def embed(
     shard:int=4096,       # rows a file
     progress:bool=True,   # show a bar on stderr?
 ) -> Path:
-    "Write the embeddings of a data set to disk, for `EmbeddedData`. Raises `UnclipError` when `out` holds those of another CLIP or size."
+    "Write the embeddings of a data set to disk, for `EmbeddedData`. Raises `UnclipError` when `out` holds those of another CLIP, data set or size."
     out, n = Path(out), len(data) if n is None else min(n, len(data))
     with writing(out): out.mkdir(parents=True, exist_ok=True)
     meta = {"clip_fingerprint": clip.fingerprint, "rows": n, "shard": shard, "clip_dim": clip.dim,
             "text_width": clip.text_width, "context_length": clip.context_length}
+    identity = data.identity()
     begun = out / "begun.json"
-    if begun.exists() and json.loads(begun.read_text()) != meta: raise UnclipError(f"{out} holds embeddings of another clip or size: choose another folder")
-    with writing(begun): write_text(begun, json.dumps(meta))
-    for s in tqdm(range(0, n, shard), desc="embed", unit="file", disable=not progress):
-        file = out / f"shard_{s // shard:05d}.safetensors"
+    if begun.exists() or (out / "meta.json").exists():
+        before = _read_meta(begun)
+        differs = what_differs(before.pop("data", None) or {}, identity) or what_differs(before, meta)
+        if differs: raise UnclipError(f"{out} holds embeddings of another clip, data set or size ({differs}): choose another folder")
+    say_cut(clip.tokenizer, data.captions(min(n, 1000)), str(out))
+    with writing(begun): write_text(begun, json.dumps({**meta, "data": identity}))
+    files = [out / f"shard_{s // shard:05d}.safetensors" for s in range(0, n, shard)]
+    for k, file in enumerate(tqdm(files, desc="embed", unit="file", disable=not progress)):
         if file.exists(): continue
-        rows = range(s, min(s + shard, n))
+        rows = range(k * shard, min((k + 1) * shard, n))
         parts = [clip.embed_batch(data.batch(rows[i:i + batch_size])) for i in range(0, len(rows), batch_size)]
         whole = {k: torch.cat([p[k].cpu() for p in parts]).contiguous() for k in ("zi", "zt", "text", "tokens")}
+        captions = [c for p in parts for c in p["caption"]]                # of the pictures that could be read
         with writing(file):
-            save_file({**whole, "text": whole["text"].half()}, temp := file.with_suffix(".tmp"))    # text is by far the largest
+            save_file({**whole, "text": whole["text"].half()}, temp := file.with_suffix(".tmp"),   # text is by far the largest
+                      metadata={"captions": json.dumps(captions)})
             os.replace(temp, file)
+    captions = [c for file in files for c in _captions_of(file)]
     with writing(out):
-        write_text(out / "captions.jsonl", "".join(json.dumps({"caption": c}) + "\n" for c in data.captions(n)))
-        write_text(out / "meta.json", json.dumps(meta))                                             # last: now it is finished
+        write_text(out / "captions.jsonl", "".join(json.dumps({"caption": c}) + "\n" for c in captions))
+        write_text(out / "meta.json", json.dumps({**meta, "data": identity, "captions": digest(captions)}))           # last: now it is finished
     return out
+
+def _read_meta(file):
+    "What `embed` wrote about a folder; nothing where it cannot be read."
+    try: found = json.loads(file.read_text())
+    except (OSError, ValueError): return {}
+    return found if isinstance(found, dict) else {}
+
+def _captions_of(file):
+    "The captions that a shard carries beside its embeddings."
+    try:
+        with safe_open(file, "pt") as f: return json.loads((f.metadata() or {})["captions"])
+    except (OSError, KeyError, ValueError, SafetensorError):
+        raise UnclipError(f"{file} is broken or of an earlier version: delete it and embed again") from None
 
 # %% ../nbs/05_clip.ipynb #181fe1b4
 @patch_to(CLIP, cls_method=True)

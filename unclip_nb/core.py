@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['Generators', 'MAX_PIXELS', 'UnclipError', 'number', 'choice', 'refuse_options', 'expand', 'seed_for', 'generator',
-           'check_generators', 'randn', 'pick_device', 'to_pil', 'to_tensor', 'pil_to_tensor', 'load_image',
+           'check_generators', 'randn', 'pick_device', 'to_pil', 'as_rgb', 'to_tensor', 'open_picture', 'load_image',
            'as_images', 'as_picture', 'resize', 'image_grid', 'show_images', 'count_parameters', 'ExactBuffers',
            'data_path']
 
 # %% ../nbs/00_core.ipynb #0aca3799
-import difflib, hashlib, io, math, numbers, os, sys
+import difflib, hashlib, io, math, numbers, os, stat, sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 import numpy as np
@@ -147,47 +147,71 @@ def to_pil(
     return Image.fromarray(x.permute(1, 2, 0).contiguous().numpy())
 
 # %% ../nbs/00_core.ipynb #ad4ef4b0
-def to_tensor(
-    image:Image.Image,        # of any mode; transparency is laid on white
-) -> Float[Tensor, "3 h w"]:
-    "A PIL image as a picture in [-1, 1]."
-    import numpy as np
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA"); image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1   # eq. 1
-
-# %% ../nbs/00_core.ipynb #4e62d797
-MAX_PIXELS = 150_000_000    # of one picture: 600 MB while it is read
-
-def pil_to_tensor(
+def as_rgb(
     image:Image.Image, # of any mode
-) -> Float[Tensor, "3 h w"]:
-    "One PIL image, upright, in [-1, 1]. Raises `UnclipError` for floats whose scale cannot be told, and for too many pixels."
-    if math.prod(image.size) > MAX_PIXELS:
-        raise UnclipError(f"{image.size[0]} x {image.size[1]} pixels are too many: shrink it to {MAX_PIXELS // 10**6} megapixels")
+) -> Image.Image:
+    "A PIL image as RGB bytes: upright, transparency on white. Raises `UnclipError` for floats whose scale cannot be told."
+    import numpy as np
     image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":              # Pillow's convert("RGB") saturates 16-bit grey and turns floats of 0 to 1 black
+    if image.mode[0] in "IF":                   # Pillow's own conversion saturates 16 bits of grey
         x = np.asarray(image, dtype="float32")
         if image.mode == "F" and not 0 <= x.min() <= x.max() <= 255:
             raise UnclipError(f"a picture of floats from {x.min():g} to {x.max():g}: scale it to 0 to 1, or to 0 to 255")
         if image.mode[0] == "I": x = x.clip(0, 65535) / 257
         elif x.max() <= 1: x = x * 255
         image = Image.fromarray(x.round().astype("uint8"))
-    return to_tensor(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
+def to_tensor(
+    image:Image.Image,        # of any mode, read as `as_rgb` does
+) -> Float[Tensor, "3 h w"]:
+    "A PIL image as a picture in [-1, 1]."
+    import numpy as np
+    return torch.from_numpy(np.array(as_rgb(image))).permute(2, 0, 1).float() / 127.5 - 1   # eq. 1
+
+# %% ../nbs/00_core.ipynb #c0de7a02
+MAX_PIXELS = 64_000_000    # of one picture, as it is decoded
+
+def open_picture(
+    source:bytes|str|Path, # a file, or what is in it
+    size:int|None=None,    # the side that is needed, in pixels: a large JPEG is decoded at an eighth to the whole of its size
+) -> Image.Image:
+    "The picture of a file as RGB, read as `as_rgb` does. Raises `UnclipError` with the reason, without the file's name, and nothing else."
+    try:
+        if isinstance(source, bytes): file = io.BytesIO(source)
+        else:
+            if not stat.S_ISREG(os.stat(source).st_mode): raise UnclipError("not a regular file")   # a pipe would never end
+            file = source
+        with Image.open(file) as image:
+            if size: image.draft("RGB", (2 * size, 2 * size))
+            pixels = image.width * image.height
+            if pixels > MAX_PIXELS:
+                raise UnclipError(f"{pixels / 1e6:,.0f} million pixels, over the limit of {MAX_PIXELS / 1e6:.0f} million: shrink it")
+            return as_rgb(image)
+    except UnclipError: raise
+    except FileNotFoundError: raise UnclipError("the file is missing") from None
+    except Image.DecompressionBombError:
+        raise UnclipError(f"too many pixels, over the limit of {MAX_PIXELS / 1e6:.0f} million: shrink it") from None
+    except Exception as e: raise UnclipError(f"unreadable ({type(e).__name__})") from None           # Pillow raises a dozen kinds
+
+# %% ../nbs/00_core.ipynb #4e62d797
 def load_image(
     path:str|Path,   # PNG, JPEG or anything else that Pillow reads
 ) -> Float[Tensor, "3 h w"]:
     "A picture from a file in [-1, 1]: upright, transparency on white, grey as RGB. Raises `UnclipError` for what is not a picture."
     path = expand(path)
     try:
-        if path.exists() and not path.is_file(): raise UnclipError("it is not a file: give the path of a PNG or JPEG")
-        with Image.open(path) as image: return pil_to_tensor(image)
-    except UnclipError as e: raise UnclipError(f"cannot use {str(path)!r}: {e}") from None
-    except FileNotFoundError: raise UnclipError(f"no file {str(path)!r}: give the path of a PNG or JPEG") from None
-    except MemoryError: raise UnclipError(f"{str(path)!r} does not fit into memory: shrink it") from None
-    except Exception as e:                 # a damaged file can raise anything: struct.error, IndexError, zlib.error
-        raise UnclipError(f"cannot read {str(path)!r} as a picture ({type(e).__name__}): give a PNG or JPEG") from None
+        return to_tensor(open_picture(path))
+    except UnclipError as e:
+        why = str(e)
+    if why == "the file is missing":
+        raise UnclipError(f"no file {str(path)!r}: give the path of a PNG or JPEG")
+    if why.startswith("unreadable"):
+        raise UnclipError(f"cannot read {str(path)!r} as a picture {why.removeprefix('unreadable ')}: give a PNG or JPEG")
+    raise UnclipError(f"cannot use {str(path)!r}: {why}")
 
 # %% ../nbs/00_core.ipynb #0421e614
 def _array_to_tensor(x:np.ndarray, name:str) -> Tensor:
@@ -206,7 +230,7 @@ def as_images(
     Raises `UnclipError` for what is no picture, for NaN, and for floats far outside [-1, 1]."""
     if isinstance(images, np.ndarray): images = _array_to_tensor(images, name)
     elif isinstance(images, (str, Path)): images = load_image(images)
-    elif isinstance(images, Image.Image): images = pil_to_tensor(images)
+    elif isinstance(images, Image.Image): images = to_tensor(images)
     elif isinstance(images, (list, tuple)):
         parts = [as_images(x, name) for x in images]
         if not parts: raise UnclipError("no picture: give at least one")

@@ -19,8 +19,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from .ar_prior import ARPrior
 from .clip import CLIP
-from .core import (UnclipError, as_images, as_picture, check_generators, choice, data_path, expand, generator, load_image, number,
-    pick_device, refuse_options, resize)
+from .core import (
+    UnclipError, as_images, as_picture, check_generators, choice, data_path, expand, generator,
+    load_image, number, pick_device, refuse_options, resize)
 from .decoder import Decoder
 from .diffusion import Steps, check_steps
 from .diffusion_prior import DiffusionPrior
