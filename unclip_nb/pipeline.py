@@ -179,8 +179,11 @@ def load_image(
     "A picture from a file in [-1, 1]: upright as its EXIF says, transparency on white, grey as RGB. Raises `UnclipError` for what is not a picture."
     try: return to_tensor(open_picture(path))
     except UnclipError as e:
-        if str(e) == "the file is missing": raise UnclipError(f"no file {str(path)!r}: give the path of a PNG or JPEG") from None
-        raise UnclipError(f"cannot read {str(path)!r} as a picture, {e}: give a PNG or JPEG") from None
+        why = str(e)
+        if why == "the file is missing": raise UnclipError(f"no file {str(path)!r}: give the path of a PNG or JPEG") from None
+        if not why.startswith("unreadable"): raise UnclipError(f"cannot use {str(path)!r}: {why}") from None
+        kind = why.removeprefix("unreadable ")
+        raise UnclipError(f"cannot read {str(path)!r} as a picture {kind}: give a PNG or JPEG") from None
 
 # %% ../nbs/15_pipeline.ipynb #85bc0fa1
 @dataclass
