@@ -338,3 +338,30 @@ def test_embedded_captions_are_checked(tmp_path):
     with pytest.raises(UnclipError, match="other captions than were embedded"): EmbeddedData(tmp_path)
     write_text(tmp_path / "captions.jsonl", "{")
     with pytest.raises(UnclipError, match="captions.jsonl is missing or broken"): EmbeddedData(tmp_path)
+
+def test_one_distinct_picture_has_no_width_to_whiten(caplog):
+    from unclip_nb.diffusion_prior import EmbeddingStats
+    from unclip_nb.pca import PCAQuantizer
+    one = torch.nn.functional.normalize(torch.randn(16, generator=torch.Generator().manual_seed(0)), dim=0)
+    z = one.repeat(200, 1) + 1e-7 * torch.randn(200, 16, generator=torch.Generator().manual_seed(1))     # as kernels of other batch sizes leave it
+    for rows in (z, one.repeat(200, 1)):
+        stats = EmbeddingStats(16); stats.fit(rows)
+        assert torch.allclose(stats(rows), 4 * rows, atol=1e-5) and torch.allclose(stats.inverse(stats(rows)), rows, atol=1e-5)
+        assert "all 200 embeddings are alike" in caplog.text
+        q = PCAQuantizer(4, 8).fit(rows)
+        assert torch.allclose(q.decode(q.encode(rows)), rows, atol=1e-5)
+    two = torch.stack([one, -one]).repeat(50, 1); stats = EmbeddingStats(16); stats.fit(two)
+    assert stats(two).isfinite().all() and stats(two).abs().max() > 0
+
+def test_a_set_with_one_distinct_picture_trains(tmp_path):
+    from conftest import SMALL, inside
+    folder = make_folder(tmp_path / "set", 40)
+    for f in folder.glob("*.png"): f.write_bytes(png("red"))
+    def train(stage):
+        flags = [x for i in range(0, len(SMALL), 2) if SMALL[i].startswith(f"--{stage.replace('_', '-')}.") for x in SMALL[i:i + 2]]
+        return inside("train", stage, "--preset", "nano", "--data", folder, "--out", tmp_path / "run", *flags)
+    for stage in ("clip", "prior"):
+        r = train(stage)
+        assert r.returncode == 0, r.stderr
+    r = train("ar_prior")
+    assert r.returncode == 2 and "1 different embeddings are too few" in r.stderr

@@ -851,7 +851,7 @@ def is_embedded(
     folder:str|Path,
 ) -> bool:
     "Whether `embed` wrote this folder, finished or not. A folder of pictures may hold a meta.json of its own."
-    folder = Path(folder)
+    folder = Path(os.path.expanduser(folder))
     for name in ("begun.json", "meta.json"):
         try: found = json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else None
         except (OSError, ValueError, RecursionError): found = None
@@ -864,7 +864,7 @@ class EmbeddedData(Captioned):
         folder:str|Path,            # what `embed` wrote: shard_*.safetensors, captions.jsonl, meta.json
         fingerprint:str|None=None,  # of the CLIP in use; embeddings of another one raise `UnclipError`
     ):
-        folder = Path(folder)
+        folder = Path(os.path.expanduser(folder))
         if not (folder / "meta.json").is_file(): raise UnclipError(f"no finished embeddings in {folder}: run unclip embed (again) with --out {folder}")
         try: self.meta = json.loads((folder / "meta.json").read_text())
         except ValueError: self.meta = None

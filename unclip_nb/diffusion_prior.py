@@ -7,7 +7,7 @@ __all__ = ['SAMPLERS', 'PriorConfig', 'PriorNet', 'EmbeddingStats', 'first_embed
            'Prefix', 'keep_best', 'linear_prior', 'nearest_prior', 'score_draws', 'compare_priors']
 
 # %% ../nbs/09_diffusion_prior.ipynb #0d7551f1
-import math
+import logging, math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +98,9 @@ class EmbeddingStats(ExactBuffers):
     def fit(self, z:Float[Tensor, "n d"], floor:float=0.01):
         "Measure mean and covariance; directions with less than `floor` of the mean variance are not blown up further."
         z = z.double(); mean = z.mean(0)
+        if (z - mean).square().sum(1).mean() < 1e-6 * mean.square().sum():           # one distinct picture has no width
+            logging.getLogger("unclip_nb").warning("all %d embeddings are alike, as of one picture: scaled, not whitened", len(z))
+            return
         values, vectors = torch.linalg.eigh((z - mean).T @ (z - mean) / len(z))
         values = values.clamp(min=floor * values.mean().item())
         self.mean.copy_(mean); self.matrix.copy_(vectors / values.sqrt() @ vectors.T)              # eq. 2

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
-from .core import UnclipError, to_pil
+from .core import UnclipError, open_picture, to_pil
 from .edits import as_latent, frames, interpolation_path, pca_sweep, text_diff, text_direction, variations
 from .pipeline import PRIORS, UnCLIP, as_picture, check_captions, explore_priors
 from .shapes import EIGHT_CAPTIONS, EIGHT_SCENES, render
@@ -259,10 +259,10 @@ def read_picture(
     name:str="the file",  # for the message
 ) -> Float[Tensor, "3 h w"]:
     "A picture in [-1, 1] from the bytes of a file, as `load_image` reads it. Raises `UnclipError` for what is not a picture."
-    try:
-        with Image.open(io.BytesIO(data)) as image: return as_picture(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        raise UnclipError(f"cannot read {name!r} as a picture: choose a PNG or JPEG") from None
+    try: return as_picture(open_picture(data))
+    except UnclipError as e:
+        why = "" if str(e).startswith("unreadable") else f", {e}"
+        raise UnclipError(f"cannot read {name!r} as a picture{why}: choose a PNG or JPEG") from None
 
 # %% ../nbs/17_widgets.ipynb #82627fde
 def _field(kind, name, width, name_width=40, **how):
