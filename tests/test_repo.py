@@ -74,9 +74,10 @@ def test_module_imports_only_smaller_numbers(path):
 
 @lessons
 def test_lesson_uses_nothing_of_a_later_one(path):
-    if not path.stem[:2].isdigit(): pytest.skip('the tour uses all of them')
+    if path.stem == 'index': pytest.skip('the tour uses all of them')
+    number = int(path.stem[:2]) if path.stem[:2].isdigit() else -1          # one_page stands before all of them
     code = '\n'.join(re.sub(r'^\s*[%!].*$', '', source(c), flags=re.M) for c in cells(path, 'code'))
-    assert not [m for m in own_imports(ast.parse(code)) if MODULES[m] > int(path.stem[:2])]
+    assert not [m for m in own_imports(ast.parse(code)) if MODULES[m] > number]
 
 def free_names(code, name='module'):
     "Names that a function or class body reads and neither it, the module nor Python defines"
@@ -164,10 +165,32 @@ def test_opens_with_a_title_and_a_purpose(path):
 
 @lessons
 def test_lesson_closes_with_summary_exercises_and_next(path):
-    if not path.stem[:2].isdigit(): pytest.skip('the tour has its own end')
+    if path.stem == 'index': pytest.skip('the tour has its own end')
     text = '\n'.join(source(c) for c in cells(path, 'markdown'))
     assert not [w for w in ('Summary', 'Exercises', 'Next:') if w.lower() not in text.lower()]
-    assert (NBS/'solutions'/path.name).exists()
+    assert path.stem == 'one_page' or (NBS/'solutions'/path.name).exists()
+
+def code_lines(text):
+    "Lines that are neither empty nor only a comment"
+    return [line for line in text.split('\n') if line.strip() and not line.lstrip().startswith('#')]
+
+def test_one_page_is_short_and_stands_alone():
+    code = [source(c) for c in cells(NBS/'one_page.ipynb', 'code')]
+    lesson = [text for text in code if '#| hide_input' not in text]
+    assert len(code) - len(lesson) == 1, 'one helper cell, for drawing and counting'
+    assert sum(len(code_lines(text)) for text in lesson) <= 120
+    assert max(len(line) for text in code for line in text.split('\n')) <= 100
+    imports = [n for n in ast.walk(ast.parse('\n'.join(code))) if isinstance(n, (ast.Import, ast.ImportFrom))]
+    names = [getattr(n, 'module', None) or n.names[0].name for n in imports]
+    assert {name.split('.')[0] for name in names} == {'matplotlib', 'torch'}
+    assert not [text for text in code if '#| export' in text]
+
+def test_one_page_names_its_notebooks():
+    text = '\n'.join(source(c) for c in cells(NBS/'one_page.ipynb', 'markdown'))
+    drawn = re.findall(r'\d\d_[a-z_]+', (NBS/'images'/'one_page.svg').read_text('utf8'))
+    linked = re.findall(r'\]\((\w+)\.ipynb\)', text)
+    assert len(set(drawn)) >= 10 and not [n for n in {*drawn, *linked} if not (NBS/f'{n}.ipynb').exists()]
+    assert not [n for n in set(drawn) if n not in linked]
 
 # Stored pictures
 
