@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'PICTURES', 'CAPTION_COLUMNS', 'log', 'Tokenizer', 'write_text', 'mend_torchvision', 'import_open_clip',
-           'OpenCLIPTokenizer', 'read_picture', 'Captioned', 'ShapesData', 'of_split', 'hold_out', 'read_folder',
-           'PictureData', 'StreamData', 'find_columns', 'load_captioned', 'Batches', 'EmbeddedData']
+           'OpenCLIPTokenizer', 'read_picture', 'Captioned', 'digest', 'what_differs', 'ShapesData', 'of_split',
+           'hold_out', 'read_folder', 'picture_facts', 'PictureData', 'StreamData', 'find_columns', 'load_captioned',
+           'Batches', 'EmbeddedData']
 
 # %% ../nbs/02_data.ipynb #9b0639c5
-import csv, io, json, logging, os, re
+import csv, hashlib, io, json, logging, os, re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -161,6 +162,24 @@ class Captioned:
         "The first `n` captions, or all there are, without touching a picture."
         return self.texts(range(min(n, len(self))))
 
+# %% ../nbs/02_data.ipynb #id3a7c02
+def digest(
+    lines:Iterable[str], # in order
+) -> str:
+    "Sixteen hex digits that change when a line is added, removed, moved or altered."
+    h = hashlib.sha256()
+    for line in lines: h.update(line.encode("utf-8", "surrogatepass") + b"\0")
+    return h.hexdigest()[:16]
+
+def what_differs(
+    before:dict, # an identity, perhaps read from a file
+    now:dict,    # another
+) -> str:
+    "The facts that differ, as '40 count, now 41'; empty where they agree. A renamed source with the same digest agrees."
+    same_rows = "digest" in before and before.get("digest") == now.get("digest")
+    keys = [k for k in dict.fromkeys([*before, *now]) if not (same_rows and k == "source")]
+    return "; ".join(f"{k} was {before.get(k)}, now {now.get(k)}" for k in keys if before.get(k) != now.get(k))
+
 # %% ../nbs/02_data.ipynb #8ad9859a
 class ShapesData(Captioned):
     "The shapes world as a data set: row i of a split is always the same scene with the same caption."
@@ -175,6 +194,10 @@ class ShapesData(Captioned):
         self.split, self.size, self.full, self.group = split, size, full, 4 if near else 1
 
     def __len__(self) -> int: return self.lengths[self.split]
+    def identity(self) -> dict:
+        "What the rows are, for a record: name and split say it all."
+        return {"source": "shapes", "split": self.split, "count": len(self), "full": self.full, "near": self.group == 4}
+
     def scene(self, i:int) -> Scene: # the scene of row i
         if self.group == 1: return scene_at(i, self.split)
         scene = scene_at(i // 4, self.split)
@@ -258,6 +281,24 @@ def _datasets():
     datasets.disable_progress_bars(); datasets.logging.set_verbosity_error(); huggingface_hub.logging.set_verbosity_error()
     return datasets
 
+def picture_facts(
+    rows,                    # `datasets.Dataset` with an undecoded `image`
+    root:str|Path|None=None, # names count from here; by default only the last part of a path
+) -> list[str]:
+    "Name and size in bytes of each row's picture, without opening one; -1 where a file is missing."
+    import pyarrow.compute as pc
+    column = rows.data.column("image")
+    fields = {f.name for f in column.type}
+    names = pc.struct_field(column, "name" if "name" in fields else "path").to_pylist()
+    sizes = pc.struct_field(column, "size") if "size" in fields else pc.binary_length(pc.struct_field(column, "bytes"))
+    def fact(name, size):
+        if size is None: size = os.path.getsize(name) if name and os.path.isfile(name) else -1
+        short = os.path.relpath(name, root) if root and name else os.path.basename(name or "")
+        return f"{short.replace(os.sep, '/')}\t{size}"
+    sizes = sizes.to_pylist()
+    places = range(len(names)) if rows._indices is None else rows._indices.column(0).to_pylist()
+    return [fact(names[i], sizes[i]) for i in places]
+
 def _try_pictures(sources, size):
     "For each source a picture, or the reason why there is none."
     def one(s):
@@ -276,10 +317,13 @@ class PictureData(Captioned):
         name:str="the data set",  # for messages
         skipped:Sequence[str]=(), # what the reader of the files left out already
         keep:bool|None=None,      # decode everything now; by default up to 10,000 pictures and 256 MB
+        known:dict|None=None,     # source and split, for `identity`
+        root:str|Path|None=None,  # names count from here in `identity`; by default only the last part of a path
     ):
         texts, total = [_clean(c) for c in rows["caption"]], len(rows) + len(skipped)
         good = [i for i, t in enumerate(texts) if t]
         self.rows, self.size, self.name, self.pixels = rows, size, name, None
+        self.known, self.root = known or {"source": name}, root
         self.skipped = [*skipped, *(f"{self._name(i)}: empty caption" for i, t in enumerate(texts) if not t)]
         if len(good) <= 10_000 and len(good) * 3 * size**2 <= 2**28 if keep is None else keep:
             found = _try_pictures((rows[i]["image"] for i in good), size)
@@ -292,6 +336,12 @@ class PictureData(Captioned):
         if self.skipped: log.warning("%s: skipped %d of %d: %s", name, len(self.skipped), total, told)
 
     def __len__(self) -> int: return len(self.index)
+    def identity(self) -> dict:
+        "Source, split, number of rows, and a digest of each row's file name, file size and caption. No picture is opened."
+        facts = picture_facts(self.rows, self.root)
+        lines = (f"{facts[i]}\t{text}" for i, text in zip(self.index, self._texts))
+        return {**self.known, "count": len(self), "digest": digest(lines)}
+
     def _name(self, i):
         path = (self.rows[i]["image"] or {}).get("path")
         return Path(path).name if path else f"row {i}"
@@ -324,8 +374,14 @@ class StreamData:
         size:int,                # side of the pictures in pixels
         name:str="the data set", # for messages
         buffer:int=1000,         # rows held for shuffling
+        known:dict|None=None,    # source, split and what else tells its rows from others, for `identity`
     ):
         self.stream, self.size, self.name, self.buffer, self.skipped = rows, size, name, buffer, []
+        self.known = known or {"source": name}
+
+    def identity(self) -> dict:
+        "What can be known without reading the stream: source, split, and a digest of its files where they are on this disk."
+        return {**self.known, "streaming": True}
 
     def rows(self, seed:int=0) -> Iterator[dict]:
         "Endless rows, pictures undecoded; each pass is shuffled within the buffer by (seed, pass)."
@@ -392,7 +448,9 @@ def _folder_rows(folder, split, streaming, caption_column):
     datasets = _datasets()
     rows = datasets.Dataset.from_dict({"image": [pairs[i][0] for i in mine], "caption": [pairs[i][1] for i in mine]})
     rows = rows.cast_column("image", datasets.Image(decode=False))
-    return (rows.to_iterable_dataset() if streaming else rows), skipped if split == "train" else []
+    lines = (f"{fact}\t{text}" for fact, text in zip(picture_facts(rows, folder), rows["caption"])) if streaming else ()
+    known = {"count": len(rows), "digest": digest(lines)} if streaming else {}
+    return (rows.to_iterable_dataset() if streaming else rows), known, skipped if split == "train" else []
 
 def _shard_rows(source, files, split, streaming):
     "Rows of parquet or tar shards, and whether they are the split's own."
@@ -426,18 +484,23 @@ def load_captioned(
     "A data set of captioned pictures. Raises `UnclipError` when there is nothing to read or nothing readable."
     if str(source) == "shapes": return ShapesData(split, size)
     if split not in SPLITS: raise UnclipError(f"{source} has no split {split!r}: use train or valid")
-    path, skipped = Path(source).expanduser(), ()
+    path, skipped, known = Path(source).expanduser(), (), {}
     files = [f for s in ("*.parquet", "*.tar") for f in sorted(path.rglob(s))] if path.is_dir() else [Path(f) for f in sorted(glob(str(path)))]
-    if path.is_dir() and not files: rows, skipped = _folder_rows(path, split, streaming, caption_column)
+    if path.is_dir() and not files: rows, known, skipped = _folder_rows(path, split, streaming, caption_column)
     else:
-        if files: rows, own = _shard_rows(source, files, split, streaming)
+        if files:
+            rows, own = _shard_rows(source, files, split, streaming)
+            if streaming: known = {"digest": digest(f"{f.name}\t{f.stat().st_size}" for f in files)}
         elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)): rows, own = _hub_rows(str(source), split, streaming)
         else: raise UnclipError(f"no folder or file {str(source)!r}: check the path (a data set on the hub is written owner/name)")
         rows = _standard(rows, image_column, caption_column)
         if not own and streaming: rows = rows.filter(lambda _, i: (i % 20 == 0) == (split == "valid"), with_indices=True)
         elif not own: rows = rows.select(hold_out([str(i) for i in range(len(rows))], split))
     name = path.name if split == "train" else f"{path.name} ({split})"
-    return StreamData(rows, size, name) if streaming else PictureData(rows, size, name, skipped)
+    here = path.exists() or bool(files)
+    known = {"source": path.resolve().name if here else str(source), "split": split, **known}
+    if streaming: return StreamData(rows, size, name, known=known)
+    return PictureData(rows, size, name, skipped, known=known, root=path if path.is_dir() else None)
 
 # %% ../nbs/02_data.ipynb #6ee3c5e9
 class Batches:
@@ -535,6 +598,11 @@ class EmbeddedData(Captioned):
         except Exception as e: raise UnclipError(f"{file} is broken ({type(e).__name__}): delete it and embed again") from None
 
     def __len__(self) -> int: return len(self._texts)
+    def identity(self) -> dict:
+        "The CLIP, the number of rows, a digest of the captions, and the identity of the data that was embedded."
+        return {"source": "embeddings", "clip": self.meta.get("clip_fingerprint"), "count": len(self),
+                "digest": digest(self._texts), "data": self.meta.get("data")}
+
     def texts(self, indices:Sequence[int]) -> list[str]: return [self._texts[i] for i in indices]
 
     def batch(self, indices:Sequence[int]) -> dict:
