@@ -31,7 +31,7 @@ def check_field(
     name:str,      # of the field
     value,         # as given
     default,       # its default, which shows the kind: a name, a switch, a number or a tuple of numbers
-    size:tuple|None=None, # lengths that a tuple may have; a single number is allowed if 1 is among them
+    size:typing.Sequence[int]|None=None, # lengths that a tuple may have; a single number is allowed if 1 is among them
     **rule,        # bounds, as for `number`
 ):
     "`value`, checked. Raises `UnclipError` for another kind than the default's, and for numbers out of bounds."
@@ -351,14 +351,15 @@ def build(
         if size > _memory(): raise UnclipError(f"{source or cls.name}: needs {size / 1e9:,.0f} GB, this machine has {_memory() / 1e9:.0f}: choose smaller sizes")
         return cls(config, **more)
     except (ArithmeticError, AssertionError, IndexError, MemoryError, RuntimeError, TypeError, ValueError) as e:
-        raise UnclipError(f"{source or cls.name}: these sizes don't fit together ({_first_line(e)})") from e
+        raise UnclipError(f"{source or cls.name}: these sizes of the {cls.name} don't fit together ({_first_line(e)})") from e
 
 # %% ../nbs/04_train.ipynb #52471fd2
 def _local_folder(source:str|Path, **hub) -> Path:
     "`source` itself if it is a folder; else the files of that hub id, downloaded."
-    folder = Path(source)
-    if folder.is_dir(): return folder
-    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)) and not folder.parent.exists()
+    folder = Path(source).expanduser()
+    if os.path.isdir(folder): return folder
+    ours = ("runs", "out", "data", "gallery")                    # folders of this command's, not people on the hub
+    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)) and not folder.parent.exists() and folder.parts[0] not in ours
     if not hub_id: raise UnclipError(f"no folder {str(source)!r} with saved weights: check the path")
     from huggingface_hub import snapshot_download
     try: return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.txt"], **hub))
