@@ -312,7 +312,7 @@ def test_too_few_captions_leave_nothing_behind(tmp_path):
 
 @pytest.mark.parametrize("args, words", [
     (("generate", "a red star", "--n", "x"), ("--n", "invalid literal")),
-    (("generate", "a red star", "--guidance", "nan"), ("--guidance nan", "finite")),
+    (("generate", "a red star", "--guidance", "nan"), ("--guidance is nan", "give a number")),
     (("generate", "a red star", "--prioor", "ar"), ("--prioor",)),
     (("train", "decoder", "--decoder.train.stepz", "5"), ("--decoder.train.stepz", "did you mean --decoder.train.steps?")),
     (("train", "prior", "--preset", "nano", "--prior.model.heads", "5", "--clip", "tiny"), ("sizes of the prior",)),

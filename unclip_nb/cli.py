@@ -334,6 +334,7 @@ def check_flag(command:str, name:str, value):
         return number(flag, value, **NUMBERS.get(f"{command}.{name}", NUMBERS.get(name, {})))
     if not isinstance(value, str): return value
     if "\0" in value: raise UnclipError(f"{flag} holds a zero byte: leave it out")
+    if name == "device": pick_device(value)
     if name in PATHS: return check_path(flag, value)
     try: value.encode()
     except UnicodeError: raise UnclipError(f"{flag} is not UTF-8 text: write it anew") from None
