@@ -41,7 +41,7 @@ def check_field(
     example = default[0] if isinstance(default, tuple) else default
     rule.setdefault("whole", isinstance(example, int))
     if not {"low", "above"} & rule.keys(): rule["low"] = 1 if rule["whole"] else 0
-    if rule["whole"]: rule.setdefault("high", 65_536)
+    if "below" not in rule: rule.setdefault("high", 65_536 if rule["whole"] else 1e30)
     several = isinstance(value, (list, tuple))
     length = len(value) if several else 1
     right = length in size if size else several == isinstance(default, tuple)
@@ -52,7 +52,7 @@ def check_config(
     config,   # a dataclass; its numbers are brought into their type
     **rules,  # for a field: the names allowed, or how `check_field` should differ from its usual bounds
 ):
-    "Every field through `check_field`. Whole numbers lie between 1 and 65,536 and others are not negative, unless a rule says so. Raises `UnclipError`."
+    "Every field through `check_field`. Whole numbers lie between 1 and 65,536 and others between 0 and 1e30, unless a rule says so. Raises `UnclipError`."
     for f in fields(config):
         value, rule = getattr(config, f.name), rules.get(f.name, {})
         if value is None and f.default is None: continue
@@ -93,7 +93,8 @@ class TrainConfig:
         check_config(self, optimizer=("adamw", "muon"), schedule=("cosine", "constant", "onecycle"),
                      precision=("no", "bf16", "fp16"), steps=MANY, save_every=MANY, preview_every=MANY,
                      log_every=MANY, keep=MANY, warmup=MANY | dict(low=0), beta1=dict(below=1), beta2=dict(below=1),
-                     eps=dict(above=0), ema_decay=dict(high=1), seed=dict(low=0, high=2**63 - 1))
+                     eps=dict(above=0, high=1), weight_decay=dict(high=1e6), ema_decay=dict(high=1),
+                     seed=dict(low=0, high=2**63 - 1))
 
 # %% ../nbs/04_train.ipynb #ba9dfc92
 def lr_at(
