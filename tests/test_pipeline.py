@@ -185,7 +185,7 @@ def test_the_index_says_what_belongs_to_a_system(tiny, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions_save_load_and_draw(tiny, tmp_path, dtype):
     import copy
-    right = tiny.generate(CAPTIONS[:1], steps=3, upsample=False)
+    right, other = (tiny.generate(CAPTIONS[:1], steps=3, upsample=False, seed=s) for s in (0, 1))
     tiny.save_pretrained(tmp_path/"a", dtype=dtype)
     loaded = UnCLIP.from_pretrained(tmp_path/"a", device="cpu")
     cast = copy.deepcopy(tiny).to(dtype)
@@ -195,7 +195,7 @@ def test_other_precisions_save_load_and_draw(tiny, tmp_path, dtype):
     assert next(asked.decoder.parameters()).dtype == dtype and asked.decoder.stats.mean.dtype == torch.float32
     for model in (loaded, cast, asked):
         drawn = model.generate(CAPTIONS[:1], steps=3, upsample=False)
-        assert drawn.dtype == torch.float32 and (drawn - right).abs().mean() < 0.02
+        assert drawn.dtype == torch.float32 and (drawn - right).abs().mean() < 0.2 * (other - right).abs().mean()
     assert cast.invert(drawn, 3).x_T.dtype == torch.float32
     assert cast.generate(CAPTIONS[:1], prior="ar", steps=2).isfinite().all()
 
