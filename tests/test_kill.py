@@ -73,7 +73,7 @@ def kill_everywhere(tmp_path, monkeypatch, before, share=1):
     assert is_finished(out, 4)                                          # the last one was not killed any more
     return kills
 
-SHARE = 1 if os.environ.get("UNCLIP_LONG") else 7                        # every operation, or every seventh
+SHARE = 1 if os.environ.get("UNCLIP_LONG") else 11                       # every operation, or every eleventh
 
 def test_killed_at_any_operation_of_a_new_training(tmp_path, monkeypatch):
     assert kill_everywhere(tmp_path, monkeypatch, lambda out: None, SHARE) > 80 // SHARE

@@ -5,7 +5,7 @@ import pytest
 from conftest import inside
 from unclip_nb import cli
 
-COUNT = int(os.environ.get("UNCLIP_WRONG", "120"))
+COUNT = int(os.environ.get("UNCLIP_WRONG", "100"))
 SECONDS = 10                                                              # for one invocation: more is a hang
 
 WORDS = ("x", "", "1e", "--", "0x10", "none")                             # no numbers
