@@ -312,7 +312,7 @@ def test_too_few_captions_leave_nothing_behind(tmp_path):
 
 @pytest.mark.parametrize("args, words", [
     (("generate", "a red star", "--n", "x"), ("--n", "invalid literal")),
-    (("generate", "a red star", "--guidance", "nan"), ("--guidance nan", "finite")),
+    (("generate", "a red star", "--guidance", "nan"), ("--guidance is nan", "give a number")),
     (("generate", "a red star", "--prioor", "ar"), ("--prioor",)),
     (("train", "decoder", "--decoder.train.stepz", "5"), ("--decoder.train.stepz", "did you mean --decoder.train.steps?")),
     (("train", "prior", "--preset", "nano", "--prior.model.heads", "5", "--clip", "tiny"), ("sizes of the prior",)),
@@ -361,3 +361,78 @@ def test_torchrun_takes_the_module(tmp_path):
     assert r.returncode == 0 and (tmp_path/"o"/"clip"/"model.safetensors").exists(), r.stderr
     r = launch("train", "gan", "--out", tmp_path/"no")
     assert r.returncode and "gan" in r.stderr and not (tmp_path/"no").exists()
+
+# ---------------------------------------------------------------- work reused only for what it was made from
+
+def nano_clip(data, out, steps, *more):
+    "CLIP for a few steps on a folder."
+    return inside("train", "clip", "--preset", "nano", "--data", data, "--out", out, *SMALL[:6], "--clip.train.batch-size", 4, "--clip.train.steps", steps, *more)
+
+def test_the_tokenizer_belongs_to_the_checkpoint(tmp_path):
+    "Pictures with new words are added: refused, and with --new-data the old tokenizer stays."
+    data, out = folder_of(6, tmp_path/"few"), tmp_path/"o"
+    assert nano_clip(data, out, 2).returncode == 0
+    before = (out/"clip"/"tokenizer.json").read_bytes()
+    record = json.loads((out/"clip"/"run.json").read_text())["clip"]
+    assert record["data"]["count"] == 5 and record["step"] == 2
+    assert "already trained" in nano_clip(data, out, 2).stdout
+    for i in range(20, 40):
+        Image.new("RGB", (64, 64), (5 * i, 90, 20)).save(data/f"{i}.png")
+        (data/f"{i}.txt").write_text(f"zebras quickly jump {i}")
+    says_no(nano_clip(data, out, 2), "trained on other data", "count 5, now")           # finished, and not with these
+    says_no(nano_clip(data, out, 4, "--resume"), "trained on other data", "--new-data")
+    assert (out/"clip"/"tokenizer.json").read_bytes() == before
+    r = nano_clip(data, out, 4, "--resume", "--new-data")
+    assert r.returncode == 0, r.stderr
+    assert (out/"clip"/"tokenizer.json").read_bytes() == before
+    assert (sorted((out/"clip"/"checkpoints").iterdir())[-1]/"tokenizer.json").read_bytes() == before
+
+def test_a_longer_clip_names_what_must_be_trained_again(system, tmp_path):
+    shutil.copytree(system, tmp_path/"s")
+    longer = [a if a != "6" or SMALL[i - 1] != "--clip.train.steps" else "8" for i, a in enumerate(SMALL)]
+    before = (tmp_path/"s"/"clip"/"model.safetensors").read_bytes()
+    says_no(inside("train", "all", "--preset", "nano", "--out", tmp_path/"s", "--resume", *longer), "prior, ar_prior, decoder", "must be trained again")
+    assert (tmp_path/"s"/"clip"/"model.safetensors").read_bytes() == before
+    kept = tmp_path/"kept"
+    for s in cli.ON_CLIP: shutil.move(tmp_path/"s"/s, kept/s)
+    r = inside("train", "clip", "--preset", "nano", "--out", tmp_path/"s", "--resume", *longer[:10])
+    assert r.returncode == 0, r.stderr
+    shutil.copytree(kept, tmp_path/"s", dirs_exist_ok=True)                             # the old ones under the new CLIP
+    says_no(inside("train", "all", "--preset", "nano", "--out", tmp_path/"s", "--resume", *longer), "prior, ar_prior, decoder", "another CLIP")
+
+def test_an_unfinished_clip_is_not_built_on(system, tmp_path):
+    shutil.copytree(system/"clip", tmp_path/"s"/"clip")
+    (tmp_path/"s"/"clip"/"tokenizer.json").unlink()
+    says_no(inside("train", "prior", "--preset", "nano", "--out", tmp_path/"s"), "not finished", "--resume")
+    r = inside("train", "clip", "--preset", "nano", "--out", tmp_path/"s", "--resume", *SMALL[:10])
+    assert r.returncode == 0 and "already" not in r.stdout, r.stderr
+    assert (tmp_path/"s"/"clip"/"tokenizer.json").read_bytes() == (system/"clip"/"tokenizer.json").read_bytes()
+    assert (tmp_path/"s"/"clip"/"model.safetensors").read_bytes() == (system/"clip"/"model.safetensors").read_bytes()
+
+def test_a_dollar_in_a_caption_is_a_dollar(system):
+    from unclip_nb.clip import CLIP, similarity_sheet
+    from unclip_nb.shapes import EIGHT_SCENES, render
+    sheet = similarity_sheet(CLIP.from_pretrained(system/"clip"), render(EIGHT_SCENES[:2], 32), ["costs $5 \\frac", "a $x^{ $ star"])
+    assert sheet.width > 100
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in cli.PATHS: assert cli.check_flag("Common", name, "~/x") == str(tmp_path/"x")
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of file sizes are POSIX")
+def test_a_full_disk_leaves_no_cut_pictures(tmp_path):
+    import torch
+    old, heard = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, old[1]))
+        with pytest.raises(UnclipError, match="cannot write"): cli.save_pictures(torch.rand(2, 3, 64, 64), ["a", "b"], tmp_path/"o")
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, old); signal.signal(signal.SIGXFSZ, heard)
+    assert not list((tmp_path/"o").iterdir())
+
+def test_sizes_beyond_this_machine_are_refused_before_they_are_allocated(tmp_path):
+    says_no(inside("train", "upsampler1", "--preset", "nano", "--upsampler1.model.channels", 65_536, "--out", tmp_path/"o"), "GB", "choose smaller sizes")
+    config = {"low_size": 16, "channels": 65_536, "channel_mult": [1, 2], "patch": 4}
+    (tmp_path/"w").mkdir()
+    (tmp_path/"w"/"config.json").write_text(json.dumps(config))
+    shutil.copy(ROOT/"data"/"tiny"/"upsampler1"/"model.safetensors", tmp_path/"w")
+    with pytest.raises(UnclipError, match="GB, this machine has"): cli.stage_class("upsampler1")[0].from_pretrained(tmp_path/"w")

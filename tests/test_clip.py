@@ -368,3 +368,11 @@ def test_embedded_captions_are_those_of_the_pictures(clip, tmp_path):
         k = int(row["caption"].split()[1])
         want = clip.encode_image(torch.tensor([30 * k, 0, 0]).view(1, 3, 1, 1).expand(1, 3, 32, 32) / 127.5 - 1)
         assert k not in (2, 3) and torch.allclose(row["zi"], want[0], atol=1e-5)
+
+def test_a_copied_tokenizer_reads_marks_as_text():
+    import copy, pickle
+    from unclip_nb.core import data_path
+    from unclip_nb.data import Tokenizer
+    tokenizer = Tokenizer.load(data_path("tiny") / "clip")
+    right = tokenizer.encode(["a red <end> star"])
+    for again in (copy.deepcopy(tokenizer), pickle.loads(pickle.dumps(tokenizer))): assert torch.equal(again.encode(["a red <end> star"]), right)

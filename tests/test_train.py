@@ -251,12 +251,130 @@ def test_a_checkpoint_is_neither_overwritten_nor_mixed(tmp_path):
     with pytest.raises(UnclipError, match="stage"): run(out, Other(ToyConfig()), resume=True)
     assert names(out) == ["step_00000010"]
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
-    run(tmp_path / "r"); last = checkpoints(tmp_path / "r")[-1]
-    file = last / "optimizer.safetensors"; file.write_bytes(file.read_bytes()[:-7])
-    with pytest.raises(UnclipError, match="step_00000030/optimizer.safetensors is damaged"): run(tmp_path / "r", resume=True)
-    file.unlink()
-    with pytest.raises(UnclipError, match="optimizer.safetensors is missing"): run(tmp_path / "r", resume=True)
+DAMAGES = {"cut": lambda f: f.write_bytes(f.read_bytes()[:-7]), "empty": lambda f: f.write_bytes(b""), "missing": lambda f: f.unlink(),
+           "a flipped bit": lambda f: f.write_bytes(f.read_bytes()[:-3] + bytes([f.read_bytes()[-3] ^ 1]) + f.read_bytes()[-2:])}
+
+@pytest.mark.parametrize("file", ["model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_damaged_checkpoint_gives_way_to_the_older_one(tmp_path, file, caplog):
+    "Four files in four ways, and a state.json of {}: the older checkpoint is taken, that is said, and the end is the same."
+    run(tmp_path / "whole")
+    ways = DAMAGES | ({"{}": lambda f: f.write_text("{}"), "[]": lambda f: f.write_text("[]")} if file == "state.json" else {})
+    for way, damage in ways.items():
+        out = tmp_path / way; shutil.copytree(tmp_path / "whole", out); caplog.clear()
+        damage(checkpoints(out)[-1] / file)
+        assert train.newest_checkpoint(out)[0].name == "step_00000020"
+        assert same(run(out, resume=True), Toy.from_pretrained(tmp_path / "whole")), way
+        assert "step_00000030/" + file in caplog.text and "going on from the older step_00000020" in caplog.text
+        assert names(out) == ["step_00000020", "step_00000030"] and not junk(out)
+        assert len([p for p in (out / "checkpoints").iterdir() if p.name.startswith("damaged_step_00000030")]) == 1     # nothing is thrown away
+
+def test_damage_everywhere_is_named(tmp_path):
+    run(tmp_path / "r")
+    for c in checkpoints(tmp_path / "r"): (c / "state.json").write_text("{}")
+    with pytest.raises(UnclipError, match="step_00000030/model.safetensors|step_00000030/state.json is damaged.*no other checkpoint"): run(tmp_path / "r", resume=True)
+
+def test_checkpoints_of_a_version_without_seals_are_read(tmp_path):
+    run(tmp_path / "whole"); run(tmp_path / "r")
+    shutil.rmtree(checkpoints(tmp_path / "r")[-1])
+    file = checkpoints(tmp_path / "r")[-1] / "state.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k not in ("files", "seal", "data")}))
+    assert same(run(tmp_path / "r", resume=True), Toy.from_pretrained(tmp_path / "whole"))
+
+def test_garbage_in_the_log_does_not_block_a_resume(tmp_path):
+    run(tmp_path / "r", steps=10)
+    with (tmp_path / "r/log.jsonl").open("ab") as f: f.write(b'\xff\xfe\n[1]\n{"loss": 1}\n{"step": "x", "loss": 2}\nnull\n{"step": 10, "lo')
+    run(tmp_path / "r", resume=True, steps=20)
+    assert [r["step"] for r in read_log(tmp_path / "r")] == [7, 10, 14, 20]
+
+# ---------------------------------------------------------------- finished or not
+
+def test_a_stage_is_finished_only_with_the_weights_of_its_last_checkpoint(tmp_path, monkeypatch):
+    out, kw = tmp_path / "r", dict(schedule="constant"); run(out, steps=10, **kw); record = train.finished_record(out)
+    assert record["step"] == 10 and set(record["files"]) == {"config.json", "model.safetensors"}
+    monkeypatch.setattr(train, "finish_run", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))       # killed after its last checkpoint
+    with pytest.raises(KeyboardInterrupt): run(out, steps=20, resume=True, **kw)
+    monkeypatch.undo()
+    assert names(out)[-1] == "step_00000020" and train.finished_record(out) is None
+    run(out, steps=20, resume=True, **kw)
+    assert train.finished_record(out)["step"] == 20 and same(Toy.from_pretrained(out), run(tmp_path / "whole", steps=20, **kw))
+    for way, damage in DAMAGES.items():
+        for file in ("config.json", "model.safetensors", "run.json"):
+            copy = tmp_path / f"{way} {file}"; shutil.copytree(out, copy); damage(copy / file)
+            assert train.finished_record(copy) is None, (way, file)
+
+def test_ctrl_c_in_the_last_step_is_not_finished(tmp_path):
+    class Stopping(Points):
+        def at(self, step, rank=0, world=1):
+            if step == 29: signal.raise_signal(signal.SIGINT)
+            return super().at(step, rank, world)
+    with pytest.raises(KeyboardInterrupt): run(tmp_path / "r", batches=Stopping())
+    assert names(tmp_path / "r")[-1] == "step_00000030" and train.finished_record(tmp_path / "r") is None
+    assert same(run(tmp_path / "r", resume=True), run(tmp_path / "whole")) and train.finished_record(tmp_path / "r")
+
+def test_one_training_a_folder(tmp_path):
+    "Another process holds the lock; when it is killed the lock is free."
+    r, w = os.pipe(); pid = os.fork()
+    if not pid:
+        with train.locked(tmp_path / "r"): os.write(w, b"x"); signal.pause()
+    os.read(r, 1)
+    with pytest.raises(UnclipError, match=rf"another training \(process {pid}\) writes into .*r: wait for it, or choose another --out"): run(tmp_path / "r")
+    os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
+    run(tmp_path / "r")
+    assert not (tmp_path / "r/.lock").exists()
+
+def test_other_data_are_refused_or_asked_for(tmp_path):
+    class Data:
+        def __init__(self, count): self.count = count
+        def identity(self): return {"source": "pictures", "count": self.count}
+    def points(count): p = Points(); p.data = Data(count); return p
+    run(tmp_path / "r", batches=points(250), steps=10)
+    with pytest.raises(UnclipError, match="other data \\(count 250, now 262\\).*--new-data"): run(tmp_path / "r", batches=points(262), resume=True)
+    fit(toy(), points(262), CFG, tmp_path / "r", resume=True, device="cpu", progress=False, new_data=True)
+    assert train.finished_record(tmp_path / "r")["data"]["count"] == 262
+
+def test_a_failing_preview_ends_nothing(tmp_path, caplog):
+    def preview(model): raise ValueError("Expected end of text\n$")
+    model = run(tmp_path / "r", preview=preview, preview_every=10)
+    assert same(model, run(tmp_path / "whole")) and "no preview at step 10 (ValueError: Expected end of text)" in caplog.text
+    assert caplog.text.count("no preview") == 3 and "\n$" not in caplog.text
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    "The loss of the last step is of the weights before it: it can't tell."
+    monkeypatch.setattr(train, "ema_update", lambda ema, *a: next(ema.parameters()).data.fill_(math.nan))
+    with pytest.raises(UnclipError, match="not finite after step 1; try a lower lr"): run(tmp_path / "r", steps=1)
+    assert not names(tmp_path / "r") and not (tmp_path / "r/model.safetensors").exists()
+
+def test_files_are_as_readable_as_the_umask_says(tmp_path):
+    old = os.umask(0o022)
+    try: run(tmp_path / "r", steps=10)
+    finally: os.umask(old)
+    for f in [*(tmp_path / "r").glob("*.*"), *checkpoints(tmp_path / "r")[-1].iterdir()]: assert f.stat().st_mode & 0o777 == 0o644, f
+
+def test_a_picture_is_whole_or_absent(tmp_path):
+    limits, heard = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    noise = Image.frombytes("RGB", (99, 99), os.urandom(3 * 99 * 99))
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+        with pytest.raises(UnclipError, match="cannot write .*a.png"): train.save_picture(noise, tmp_path / "a.png")
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits); signal.signal(signal.SIGXFSZ, heard)
+    assert not list(tmp_path.iterdir())
+
+def test_the_launchers_precision_is_used_unless_another_is_asked_for(monkeypatch, caplog):
+    assert TrainConfig().precision == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert TrainConfig().precision == "bf16" and TrainConfig(precision="no").precision == "no"
+    train.make_accelerator(TrainConfig(precision="no"), "cpu")
+    assert "launched with mixed precision bf16, this training uses no" in caplog.text
+
+def test_a_missing_folder_of_ours_does_not_ask_the_hub(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **kw: pytest.fail("the hub was asked"))
+    for name in ("runs/mine", "./mine", "a" * 300):
+        with pytest.raises(UnclipError, match="no folder"): Toy.from_pretrained(name)
+
+@pytest.mark.parametrize("field", ["lr", "weight_decay", "beta1", "beta2", "eps", "clip_norm", "ema_decay"])
+def test_every_number_of_the_recipe_is_checked(field):
+    for bad in (math.nan, math.inf, -1.0):
+        with pytest.raises(UnclipError, match=f"{field} is {bad}"): TrainConfig(**{field: bad})
 
 # ---------------------------------------------------------------- faults
 
@@ -342,6 +460,7 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
              "config.json is missing": broken("b", lambda c, w: c.unlink()), "config.json is not JSON": broken("c", lambda c, w: c.write_text("{")), "config.json is not JSON of named": broken("j", lambda c, w: c.write_text("[]")),
              "damaged or truncated": broken("d", lambda c, w: w.write_bytes(w.read_bytes()[:-3])), "damaged": broken("e", lambda c, w: w.write_bytes(b"")),
              r"'net.0.weight' is \(8, 3\), the config makes it \(16, 3\)": broken("f", edit(width=16)),
+             "not a file": broken("k", lambda c, w: (c.unlink(), c.mkdir())), "nested too deeply": broken("l", lambda c, w: c.write_text("[" * 100_000)),
              "unknown field 'depth'": broken("g", edit(depth=3)), "width must be even": broken("h", edit(width=7))}
     for message, folder in cases.items():
         with pytest.raises(UnclipError, match=message): Toy.from_pretrained(folder)

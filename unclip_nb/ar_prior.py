@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .core import Generators, UnclipError, check_generators, number
 from .layers import KVCache, Transformer
 from .pca import PCAQuantizer
-from .train import Stage
+from .train import Stage, check_config
 
 # %% ../nbs/07_ar_prior.ipynb #2568449e
 @dataclass
@@ -39,6 +39,11 @@ class ARPriorConfig:
     encoder_heads:int=0        # attention heads of each
     drop:float=0.1             # share of training captions that are hidden, together with z_t and the dot product
     clip_fingerprint:str=""    # of the CLIP it was trained with
+
+    def __post_init__(self):
+        may_be_0 = dict(low=0)
+        check_config(self, kind=("uniform", "quantile"), layers=dict(high=1000), caption_tokens=may_be_0,
+                     encoder_width=may_be_0, encoder_layers=dict(low=0, high=1000), encoder_heads=may_be_0, drop=dict(high=1))
 
     @classmethod
     def nano(cls, **kw): return cls(**dict(clip_dim=64, text_width=64, k=24, buckets=16, dot_buckets=16, width=64, layers=2, heads=2) | kw)

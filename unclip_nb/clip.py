@@ -22,7 +22,7 @@ from tqdm import tqdm
 from .core import UnclipError, as_images, expand, number, resize, to_pil
 from .data import (
     OpenCLIPTokenizer, Tokenizer, digest, import_open_clip, say_cut, what_differs, write_text)
-from .train import Stage, load_weights, plain_names, writing
+from .train import Stage, check_config, load_weights, plain_names, writing
 from safetensors import SafetensorError, safe_open
 
 # %% ../nbs/05_clip.ipynb #639365a6
@@ -90,6 +90,11 @@ class CLIPConfig:
     quick_gelu:bool=False     # the activation that OpenAI's weights want
     image_mean:tuple[float, float, float]=(0.5, 0.5, 0.5) # subtracted from pictures in [0, 1]
     image_std:tuple[float, float, float]=(0.5, 0.5, 0.5)  # divides them
+
+    def __post_init__(self):
+        layers = dict(high=1000)
+        check_config(self, vision=("conv", "vit"), vision_layers=layers, text_layers=layers,
+                     image_mean=dict(size=(3,), high=1), image_std=dict(size=(3,), above=0))
 
     @classmethod
     def nano(cls): return cls(embed_dim=64, vision_width=16, text_width=64, text_layers=3)
@@ -235,7 +240,7 @@ def similarity_sheet(
     for i, row in enumerate(sims.tolist()):
         thumb = OffsetImage(to_pil(images[i]).resize((26, 26)), zoom=1)
         ax.add_artist(AnnotationBbox(thumb, (-0.5, i), (-18, 0), boxcoords="offset points", frameon=False, annotation_clip=False))
-        ax.text(n - 0.3, i, f"{i + 1}  " + textwrap.fill(captions[i], 52, subsequent_indent="    "), va="center", fontsize=8)
+        ax.text(n - 0.3, i, f"{i + 1}  " + textwrap.fill(captions[i], 52, subsequent_indent="    "), va="center", fontsize=8, parse_math=False)
         for j, v in enumerate(row): ax.text(j, i, f"{round(v, 1) + 0.0:.1f}", ha="center", va="center", fontsize=7, color="white" if abs(v) > 0.6 else "black")
     ax.set_xticks(range(n), range(1, n + 1), fontsize=8); ax.xaxis.tick_top(); ax.set_yticks([])
     fig.savefig(buffer := io.BytesIO(), format="png")

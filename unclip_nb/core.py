@@ -131,7 +131,7 @@ def pick_device(
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try: device = torch.device(name)
     except RuntimeError: raise UnclipError(f"unknown device {name!r}: use auto, cpu, cuda or mps") from None
-    if device.type == "meta": raise UnclipError("device meta holds no numbers: use auto, cpu, cuda or mps")
+    if device.type not in ("cpu", "cuda", "mps"): raise UnclipError(f"device {device.type} is not one to compute on: use auto, cpu, cuda or mps")
     if device.type == "cuda" and not torch.cuda.is_available(): raise UnclipError(f"no CUDA device on this machine for --device {name}: use --device cpu")
     if device.type == "mps" and not torch.backends.mps.is_available(): raise UnclipError("no MPS device on this machine: use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

@@ -18,7 +18,7 @@ from .diffusion import (Prediction, Schedule, ddim_sample, ddpm_sample, dpm_samp
     simple_loss, split_variance)
 from .diffusion_prior import EmbeddingStats, first_embeddings
 from .layers import TimeEmbedding, Transformer
-from .train import Stage
+from .train import Stage, check_config
 from .unet import UNet, UNetConfig
 
 # %% ../nbs/11_decoder.ipynb #ff70e376
@@ -53,6 +53,13 @@ class DecoderConfig:
     T:int=1000                         # diffusion steps
     checkpoint:bool=False              # recompute activations in the backward pass: a third more work, a fraction of the memory
     clip_fingerprint:str=""            # of the CLIP it was trained with
+
+    def __post_init__(self):
+        may_be_0, share = dict(low=0), dict(high=1)
+        check_config(self, channel_mult=dict(size=range(1, 10)), res_blocks=dict(high=100), attention=dict(size=range(10)),
+                     dropout=share, text_layers=dict(high=1000), emb_dim=may_be_0, zi_hidden=may_be_0,
+                     drop_zi=share, drop_text=share, target=("eps", "x0", "v"),
+                     weighting=("none", "min_snr", "sqrt_snr"), schedule=("cosine", "linear"))
 
     @classmethod
     def nano(cls): return cls(image_size=16, channels=48, channel_mult=(1, 2), attention=(4,), patch=2, text_width=64, text_layers=2, clip_dim=64, target="x0")

@@ -16,13 +16,12 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from .core import ExactBuffers, Generators, UnclipError, check_generators, choice, generator, number, randn
 from .diffusion import Denoise, Schedule, ddim_sample, ddpm_sample, guided, predict, q_sample, simple_loss
 from .layers import KVCache, TimeEmbedding, Transformer
-from .train import Stage
+from .train import Stage, check_config, read_tensors
 
 # %% ../nbs/09_diffusion_prior.ipynb #c30e311b
 @dataclass
@@ -40,6 +39,9 @@ class PriorConfig:
     whiten:bool=False          # True: as many units in every direction (section "Equally loud"); False: only `scale`, as in the paper
     drop:float=0.1             # share of training captions that are hidden, together with their z_t
     clip_fingerprint:str=""    # of the CLIP it was trained with
+
+    def __post_init__(self):
+        check_config(self, layers=dict(high=1000), schedule=("cosine", "linear"), scale=dict(above=0), drop=dict(high=1))
 
     @classmethod
     def nano(cls, **kw): return cls(**dict(clip_dim=64, text_width=64, width=96, layers=3, heads=3) | kw)
@@ -265,8 +267,7 @@ def save_files(self:DiffusionPrior, folder:Path):
 def load_files(self:DiffusionPrior, folder:Path):
     "Read variance.safetensors; a folder without one is a prior whose variance was never measured. Raises `UnclipError` for another T."
     file = Path(folder)/"variance.safetensors"
-    try: cov = load_file(file).get("cov") if file.exists() else None
-    except SafetensorError as e: raise UnclipError(f"{file} is damaged or truncated ({e}): copy it again") from None
+    cov = read_tensors(file).get("cov") if file.exists() else None
     if cov is not None and cov.shape != (self.config.T,):
         raise UnclipError(f"{file} has the variance of {len(cov)} steps, this prior has {self.config.T}: measure it anew with measure_variance")
     self.cov = cov

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from .core import UnclipError
+from .train import check_config
 
 # %% ../nbs/10_unet.ipynb #805dace2
 @dataclass
@@ -35,6 +36,10 @@ class UNetConfig:
     dropout: float = 0.0                         # inside residual blocks, in training only
     patch: int = 1                               # fold patch x patch pixels into one place first: cheaper at large sizes; ADM: 1
     checkpoint: bool = False                     # training keeps only what goes into each step and computes the rest again: less memory, more time
+
+    def __post_init__(self):
+        check_config(self, channel_mult=dict(size=range(1, 10)), res_blocks=dict(high=100), attention=dict(size=range(10)),
+                     emb_dim=dict(whole=True), context_width=dict(low=0), dropout=dict(high=1))
 
     @property
     def emb_width(self) -> int:

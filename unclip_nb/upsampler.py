@@ -17,7 +17,7 @@ from .core import Generators, UnclipError, as_images, choice, number, randn, res
 from .degradations import blur_some, bsr_degrade, gaussian_kernel
 from .diffusion import Schedule, Steps, ddim_sample, predict, q_sample, simple_loss
 from .layers import TimeEmbedding
-from .train import Stage
+from .train import Stage, check_config
 from .unet import UNet, UNetConfig
 
 # %% ../nbs/13_upsampler.ipynb #b1349397
@@ -113,7 +113,11 @@ class UpsamplerConfig:
     checkpoint: bool = False                  # recompute activations in the backward pass: a third more work, a fraction of the memory
 
     def __post_init__(self):
-        if self.degradation not in DEGRADATIONS: raise UnclipError(f"unknown degradation {self.degradation!r}: use {', '.join(DEGRADATIONS)}")
+        share = dict(high=1)
+        check_config(self, channel_mult=dict(size=range(1, 10)), res_blocks=dict(high=100), dropout=share,
+                     crop=dict(above=0, high=1), degradation=DEGRADATIONS, blur_p=share, blur_sigma=dict(size=(1, 2)),
+                     bsr_p=share, target=("eps", "x0", "v"), weighting=("none", "min_snr", "sqrt_snr"),
+                     schedule=("cosine", "linear"))
 
     @property
     def size(self) -> int:
