@@ -272,7 +272,9 @@ def pictures(self:UnCLIP,
         raise UnclipError(f"a {type(images).__name__} is no picture: give a tensor, an array, a PIL image, a path, or a list of these")
     if not len(images): raise UnclipError("no picture: give at least one")
     side = self.decoder.config.image_size
-    return torch.cat([resize(_square(as_picture(x))[None], side) for x in images]).to(self.device)
+    small = torch.empty(len(images), 3, side, side, dtype=torch.float32)       # made first: results kept between large pictures would split the heap
+    for i, x in enumerate(images): small[i] = resize(_square(as_picture(x))[None], side)[0]
+    return small.to(self.device)
 
 @patch
 @torch.no_grad()
