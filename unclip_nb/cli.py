@@ -388,7 +388,7 @@ def finished(folder:Path, model, train:TrainConfig, data=None) -> bool:
 
 def identity_of(stage:str, data:str, near_misses:bool, **columns) -> dict:
     "What the data set of a stage says of itself, without a CLIP."
-    from unclip_nb.data import EmbeddedData, ShapesData
+    from unclip_nb.data import EmbeddedData, ShapesData, is_embedded
     if data == "shapes": return ShapesData(near=near_misses and stage == "clip").identity()
     return (EmbeddedData(data) if is_embedded(data) else load_rows(data, 8, **columns)).identity()
 
