@@ -11,7 +11,7 @@ comma  := ,
 space  := $(subst ,, )
 export UV_FIND_LINKS ?= $(subst $(space),$(comma),$(PIP_FIND_LINKS))
 
-.PHONY: help setup demo lab widgets test notebooks sync bench docs wheel pins
+.PHONY: help setup demo lab widgets test notebooks sync bench docs wheel pins play
 help:                ## this list
 	@sed -n 's/^\([a-z]*\):.*##/\1:/p' Makefile
 
@@ -41,6 +41,8 @@ bench: setup         ## a table of speeds on this machine
 	$(BIN)/python benchmarks/run.py
 docs: setup          ## a static site in _docs/html
 	$(BIN)/sphinx-build -q -b html -c docs nbs _docs/html
+play: setup          ## the whole system as a page for the browser, in _docs/html/play (needs npm)
+	$(BIN)/python tools/play.py _docs/html/play
 wheel: setup         ## dist/*.whl, shipped weights included
 	$(BIN)/python -m build -q --installer uv
 pins: setup          ## take today's versions into constraints.txt (torch without +cpu, so that every build of it fits)

@@ -1,5 +1,5 @@
 "The page in the browser, built: sources from play/, onnxruntime-web from npm, ONNX files from `unclip export`. `make play`, or tools/play.py OUT [WEIGHTS]."
-import base64, hashlib, json, shutil, subprocess, sys, tarfile, tempfile
+import base64, gzip, hashlib, json, shutil, subprocess, sys, tarfile, tempfile
 from pathlib import Path
 from unclip_nb.core import UnclipError
 
@@ -26,7 +26,9 @@ def fetch_runtime(out:Path):
     out.mkdir(parents=True, exist_ok=True)
     with tarfile.open(kept) as tar:
         for module, stem in PARTS.values():
-            for name in (module, f"{stem}.mjs", f"{stem}.wasm"): (out/name).write_bytes(tar.extractfile(f"package/dist/{name}").read())
+            for name in (module, f"{stem}.mjs"): (out/name).write_bytes(tar.extractfile(f"package/dist/{name}").read())
+            wasm = tar.extractfile(f"package/dist/{stem}.wasm").read()
+            (out/f"{stem}.wasm.gz").write_bytes(gzip.compress(wasm, 9, mtime=0))       # a plain static host packs nothing
 
 def build(out:Path, weights:str="tiny", second:str=""):
     "The whole page in `out`."
@@ -38,7 +40,7 @@ def build(out:Path, weights:str="tiny", second:str=""):
             shutil.copyfile(f, to)
     fetch_runtime(out/"ort")
     export_command(Export(weights=weights, out=str(out/"files"), second_clip=second))
-    facts = {k: {"module": f"ort/{m}", "wasm": f"ort/{s}.wasm", "bytes": (out/"ort"/f"{s}.wasm").stat().st_size} for k, (m, s) in PARTS.items()}
+    facts = {k: {"module": f"ort/{m}", "wasm": f"ort/{s}.wasm.gz", "bytes": (out/"ort"/f"{s}.wasm.gz").stat().st_size} for k, (m, s) in PARTS.items()}
     (out/"build.json").write_text(json.dumps(facts))
     files = sum(f.stat().st_size for f in (out/"files").iterdir())
     print(f"{out}/index.html: a visitor loads {(files + facts['wasm']['bytes']) / 1e6:.0f} MB ({(files + facts['webgpu']['bytes']) / 1e6:.0f} MB with WebGPU); "

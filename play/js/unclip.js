@@ -23,11 +23,14 @@ export async function fetch_file(url, bytes, seen) {
     parts.push(value); n += value.length; seen(value.length);
   }
   if (bytes && n !== bytes) throw new Told(`The file ${url.split("/").pop()} is not complete (${n} of ${bytes} bytes): reload the page.`);
-  const data = new Uint8Array(n);
-  let at = 0;
-  for (const p of parts) { data.set(p, at); at += p.length; }
+  const data = new Uint8Array(await new Blob(parts).arrayBuffer());
   if (store) await store.put(key, new Response(data)).catch(() => {});
   return data;
+}
+
+/** The bytes of a file that was packed with gzip. */
+export async function unpack(data) {
+  return new Response(new Blob([data]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
 }
 
 const floats = x => x.data;

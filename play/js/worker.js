@@ -1,6 +1,6 @@
 // The networks live here, so that the page never freezes. A call is {id, method, args}; answers are {id, event, ...}.
 import { Cancelled, slerp, text_direction, truncate, normalize } from "./samplers.js";
-import { Told, UnCLIP, fetch_file } from "./unclip.js";
+import { Told, UnCLIP, fetch_file, unpack } from "./unclip.js";
 
 const here = new URL("..", self.location.href).href;
 const stopped = new Set();
@@ -27,7 +27,7 @@ async function load({ backend }, tell) {
   const ort = await import(here + runtime.module).catch(() => { throw new Told("The file that runs the networks (onnxruntime-web) is missing: build the page again with “make play”."); });
   ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(4, self.navigator.hardwareConcurrency || 1) : 1;
   ort.env.wasm.wasmPaths = here + "ort/";
-  ort.env.wasm.wasmBinary = (await fetch_file(here + runtime.wasm, runtime.bytes, seen)).buffer;
+  ort.env.wasm.wasmBinary = await unpack(await fetch_file(here + runtime.wasm, runtime.bytes, seen));
   const raw = await fetch_file(here + "files/tables.bin", 0, () => {});
   const tables = Object.fromEntries(Object.entries(facts.tables).map(([k, t]) =>
     [k, new Float32Array(raw.buffer, 4 * t.offset, t.shape.reduce((a, b) => a * b, 1))]));
@@ -47,7 +47,8 @@ async function load({ backend }, tell) {
     if (!await agrees(model)) throw new Error("other numbers than PyTorch's");
   } catch (e) {
     if (!gpu || e instanceof Told) throw e;
-    used = "WebAssembly"; got = 0;
+    used = "WebAssembly";
+    got = 0;
     model = await open(["wasm"]);
     if (!await agrees(model)) throw new Told("The networks answer with other numbers than PyTorch here: try another browser.");
   }
