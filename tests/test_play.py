@@ -1,13 +1,12 @@
 """The export and the page: ONNX against PyTorch, the command's refusals, then the page in headless Chromium. Without onnxruntime, npm or Chromium the tests
 that need them are skipped, and say so. Screenshots go to the folder named by SHOTS."""
-import http.server, importlib.util, json, os, shutil, sys, threading
+import base64, http.server, importlib.util, json, os, shutil, threading
 from io import BytesIO
 from pathlib import Path
 import pytest
 import torch
 from PIL import Image
 from unclip_nb.core import UnclipError, to_tensor
-from unclip_nb.data import Tokenizer
 from unclip_nb.diffusion import Schedule, ddim_sample, dpm_sample, even_snr, predict, respace
 from unclip_nb.edits import slerp
 from unclip_nb.inversion import ddim_invert
@@ -16,7 +15,7 @@ from unclip_nb.shapes import EIGHT_CAPTIONS, matches, parse_caption, read_scene
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
-from unclip_nb.export import Exported, GraphSpec, describe, export, graph_specs, write_graph   # noqa: E402
+from unclip_nb.export import Exported, GraphSpec, describe, export, write_graph   # noqa: E402
 from conftest import inside                                                                    # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +45,7 @@ def test_every_step_is_pytorchs(files):
     assert sum(f.stat().st_size for f in files.iterdir()) <= 25e6
 
 def test_a_whole_picture_is_pytorchs(files, model):
-    ours, theirs = Exported(files, model).generate(EIGHT_CAPTIONS[:2], seed=3), model.generate(list(EIGHT_CAPTIONS[:2]), seed=3)
+    ours, theirs = Exported(files, model).generate(list(EIGHT_CAPTIONS[:2]), seed=3), model.generate(list(EIGHT_CAPTIONS[:2]), seed=3)
     assert (((ours - theirs).abs() * 127.5) <= 1).float().mean() >= 0.99
 
 def test_an_operator_that_onnx_lacks_is_one_line(tmp_path):
@@ -111,7 +110,6 @@ def status(page): return page.inner_text("#status span")
 def canvas(page, selector):
     "A canvas of the page as a picture in [-1, 1]."
     url = page.eval_on_selector(selector, "c => c.toDataURL()")
-    import base64
     return to_tensor(Image.open(BytesIO(base64.b64decode(url.split(",")[1]))))
 
 def shot(page, name):
@@ -146,8 +144,7 @@ def test_draws_what_the_captions_say(page):
         page.wait_for_function("document.querySelector('#draw-out .use')")
         page.click("#cancel")
         settled(page)
-        scene = read_scene(canvas(page, "#draw-out canvas"))
-        right += scene is not None and matches(scene, parse_caption(c))
+        right += bool(matches(parse_caption(c), read_scene(canvas(page, "#draw-out canvas"), strict=False))["all"])
     assert right >= 7
 
 def test_the_strips(page):
