@@ -148,8 +148,10 @@ def test_draws_what_the_captions_say(page):
     assert right >= 7
 
 def test_the_strips(page):
-    for name, n in (("swap", 2), ("vary", 2), ("diff", 7)):
-        if name == "vary": page.eval_on_selector("#eta", "e => { e.value = 1; e.dispatchEvent(new Event('input', {bubbles: true})); }")
+    for k in ("eta", "blend-at", "parts-at"):
+        page.eval_on_selector(f"#{k}", "e => { e.value = 1; e.dispatchEvent(new Event('input', {bubbles: true})); }")
+        assert page.inner_text(f"label:has(#{k}) output").strip()
+    for name, n in (("vary", 2), ("diff", 7)):
         page.click(f"#{name}-go")
         settled(page)
         assert status(page).startswith("Done") and page.locator(f"#{name}-out canvas").count() == n
@@ -179,6 +181,7 @@ def test_uploads(page):
 
 def test_a_link_brings_the_state_back(browser, site, page):
     page.fill("#caption", "a green heart")
+    page.click("summary")
     page.fill("#seed", "7")
     link = page.url
     assert "caption=a+green+heart" in link and "seed=7" in link

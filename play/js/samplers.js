@@ -6,11 +6,14 @@ export class Cancelled extends Error {}
 
 // 08_diffusion, section 6: the timesteps that a sampler visits
 
+/** To the nearest whole number, halves to the even one, as Python's `round` does. */
+const round = v => (v % 1 === 0.5 ? 2 * Math.round(v / 2) : Math.round(v));
+
 /** n timesteps evenly spread over 0 .. T-1, noisiest first; both ends included, a single one is T-1. */
 export function respace(T, n) {
   if (!(n >= 1 && n <= T)) throw new RangeError(`cannot take ${n} of ${T} diffusion steps: use a number from 1 to ${T}`);
   if (n === 1) return [T - 1];
-  return Array.from({ length: n }, (_, k) => Math.round(k * ((T - 1) / (n - 1)))).reverse();
+  return Array.from({ length: n }, (_, k) => round(k * ((T - 1) / (n - 1)))).reverse();
 }
 
 /** Timesteps spread evenly over the logarithm of the SNR, noisiest first: T-1, then from `start` to t = 0. */
