@@ -183,7 +183,7 @@ def test_a_link_brings_the_state_back(browser, site, page):
     page.fill("#caption", "a green heart")
     page.click("summary")
     page.fill("#seed", "7")
-    link = page.url
+    link = page.evaluate("location.href")
     assert "caption=a+green+heart" in link and "seed=7" in link
     other = browser.new_page(viewport={"width": 390, "height": 844})
     other.goto(link)

@@ -28,7 +28,7 @@ def fetch_runtime(out:Path):
         for module, stem in PARTS.values():
             for name in (module, f"{stem}.mjs"): (out/name).write_bytes(tar.extractfile(f"package/dist/{name}").read())
             wasm = tar.extractfile(f"package/dist/{stem}.wasm").read()
-            (out/f"{stem}.wasm.gz").write_bytes(gzip.compress(wasm, 9, mtime=0))       # a plain static host packs nothing
+            (out/f"{stem}.wasm.gz").write_bytes(gzip.compress(wasm, 6, mtime=0))       # a plain static host packs nothing
 
 def build(out:Path, weights:str="tiny", second:str=""):
     "The whole page in `out`."
