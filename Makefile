@@ -12,7 +12,7 @@ comma  := ,
 space  := $(subst ,, )
 export UV_FIND_LINKS ?= $(subst $(space),$(comma),$(PIP_FIND_LINKS))
 
-.PHONY: help setup demo lab widgets test notebooks sync bench tables docs wheel floors lint pins
+.PHONY: help setup demo lab widgets test notebooks sync bench tables docs wheel floors lint pins play
 help:                ## this list
 	@sed -n 's/^\([a-z]*\):.*##/\1:/p' Makefile
 
@@ -45,6 +45,8 @@ tables: setup        ## tables of the README and the model cards, from the JSON 
 	$(BIN)/python tools/tables.py
 docs: setup          ## a static site in _docs/html
 	$(BIN)/sphinx-build -q -b html -c docs nbs _docs/html
+play: setup          ## the whole system as a page for the browser, in _docs/html/play (needs npm)
+	$(BIN)/python tools/play.py _docs/html/play
 wheel: setup         ## dist/*.whl, shipped weights included
 	$(BIN)/python -m build -q --installer uv
 floors: setup        ## the tests on the oldest versions that settings.ini allows, then on the newest (FLOORS=3.10 for another Python)

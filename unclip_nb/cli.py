@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'ON_CLIP', 'PRESETS', 'CLASSES', 'PARTS', 'RECORDED', 'PATHS', 'NUMBERS', 'DEMO_CAPTIONS', 'TABLE3',
-           'COMMANDS', 'train_config', 'stage_class', 'model_config', 'fit_to_clip', 'clip_of', 'load_rows',
+           'COMMANDS', 'LATER', 'train_config', 'stage_class', 'model_config', 'fit_to_clip', 'clip_of', 'load_rows',
            'check_folder', 'keep_clip', 'preview_rows', 'stage_preview', 'begin', 'kept_tokenizer', 'made_for',
            'check_finished_clip', 'check_dependents', 'check_fingerprints', 'train_stage', 'read_config', 'overruled',
            'TrainFlags', 'train_options', 'check_flag', 'check_path', 'parse', 'first_words', 'finished', 'identity_of',
@@ -16,6 +16,7 @@ __all__ = ['STAGES', 'ON_CLIP', 'PRESETS', 'CLASSES', 'PARTS', 'RECORDED', 'PATH
 # %% ../nbs/19_cli.ipynb #e5270a87
 import argparse, contextlib, dataclasses, errno, io, json, math, os, stat, sys, time
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 import torch, tyro
@@ -716,10 +717,11 @@ from . import __version__
 # %% ../nbs/19_cli.ipynb #d4fc0f04
 COMMANDS = {"generate": (Generate, generate_command), "vary": (Vary, vary_command), "interpolate": (Interpolate, interpolate_command), "edit": (Edit, edit_command),
             "evaluate": (Evaluate, evaluate_command), "embed": (Embed, embed_command), "info": (Info, info_command), "demo": (Demo, demo_command)}
+LATER = {"export": ("unclip_nb.export", "Write a system as ONNX files for the page in the browser.")}   # commands of later notebooks, imported when asked for
 
 def usage() -> str:
     "One line a command."
-    rows = [("train", "Train one stage, or all of them in order.")] + [(k, c.__doc__) for k, (c, _) in COMMANDS.items()]
+    rows = [("train", "Train one stage, or all of them in order.")] + [(k, c.__doc__) for k, (c, _) in COMMANDS.items()] + [(k, doc) for k, (_, doc) in LATER.items()]
     return "unclip COMMAND ...   (unclip COMMAND --help lists its flags)\n\n" + "\n".join(f"  {k:12}{d}" for k, d in rows)
 
 def main(argv:list[str]|None=None):
@@ -730,10 +732,10 @@ def main(argv:list[str]|None=None):
         if name in ("-h", "--help"): print(usage())
         elif name in ("-V", "--version"): print(f"unclip {__version__}")
         elif name == "train": train_command(argv[1:])
-        elif name in COMMANDS:
-            options, run = COMMANDS[name]
+        elif name in COMMANDS or name in LATER:
+            options, run = COMMANDS[name] if name in COMMANDS else import_module(LATER[name][0]).COMMANDS[name]
             run(parse(options, argv[1:], f"unclip {name}", options.__doc__))
-        else: raise UnclipError(f"unknown command {name!r}: use train, {', '.join(COMMANDS)}")
+        else: raise UnclipError(f"unknown command {name!r}: use train, {', '.join([*COMMANDS, *LATER])}")
     except UnclipError as e: print(f"unclip: {e}", file=sys.stderr); sys.exit(2)
     except KeyboardInterrupt: print("unclip: stopped", file=sys.stderr); sys.exit(130)
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); sys.exit(1)      # `unclip info | head`
