@@ -18,7 +18,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from .core import UnclipError, generator, seed_for
-from .data import Captioned
+from .data import Captioned, write_text
 
 # %% ../nbs/19_emoji.ipynb #43f0728c
 HANDS = ("OpenMoji", "Noto")
@@ -238,12 +238,12 @@ def build_emoji(
                 drawn = draw(glyph.chars)
                 if drawn is None:
                     continue
-                drawn.save(out/f"{name}.part", "PNG")
-                os.replace(out/f"{name}.part", out/name)
+                part = out/f"{name}.{os.getpid()}.part"        # two programs may build at the same time
+                drawn.save(part, "PNG", compress_level=1)
+                os.replace(part, out/name)
             text = emoji_caption(replace(glyph, hand=hand), full=True)
             rows.append(json.dumps({"file_name": name, "text": text, "chars": glyph.chars, "hand": hand}, ensure_ascii=False))
-    (out/"metadata.part").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    os.replace(out/"metadata.part", out/"metadata.jsonl")
+    write_text(out/"metadata.jsonl", "\n".join(rows) + "\n")
     return out
 
 # %% ../nbs/19_emoji.ipynb #4a4859a9
@@ -262,11 +262,18 @@ def emoji_split(
             return "other hand" if HANDS[number // 10 % 2] == glyph.hand else "train"
     return "valid" if seed_for("emoji valid", glyph.chars, glyph.hand) % 20 == 0 else "train"
 
-def _small(path, size):
-    "A stored drawing at another size, as bytes."
-    with Image.open(path) as drawn:
-        x = drawn.convert("RGB").resize((size, size), Image.BOX if size < SIDE else Image.BICUBIC)
-    return torch.frombuffer(bytearray(x.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1).contiguous()
+@lru_cache(4)
+def _drawings(folder, size):
+    "All glyphs of a built folder, and their drawings at a size as bytes (n, 3, size, size)."
+    by_chars = {g.chars: g for g in unicode_glyphs()}
+    glyphs, pictures = [], []
+    for line in (folder/"metadata.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        with Image.open(folder/row["file_name"]) as drawn:
+            x = drawn.convert("RGB").resize((size, size), Image.BOX if size < SIDE else Image.BICUBIC)
+        glyphs.append(replace(by_chars[row["chars"]], hand=row["hand"]))
+        pictures.append(torch.frombuffer(bytearray(x.tobytes()), dtype=torch.uint8).view(size, size, 3))
+    return tuple(glyphs), torch.stack(pictures).permute(0, 3, 1, 2).contiguous()
 
 class EmojiData(Captioned):
     "Emoji with captions. In training a drawing has 16 rows, each worded and moved in its own way."
@@ -280,12 +287,9 @@ class EmojiData(Captioned):
             raise UnclipError(f"the emoji have no split {split!r}: use {', '.join(EMOJI_SPLITS)}")
         self.split, self.size, self.full = split, size, full
         folder = Path(folder) if folder else build_emoji()
-        by_chars = {g.chars: g for g in unicode_glyphs()}
-        rows = [json.loads(line) for line in (folder/"metadata.jsonl").read_text(encoding="utf-8").splitlines()]
-        found = [(replace(by_chars[r["chars"]], hand=r["hand"]), folder/r["file_name"]) for r in rows]
-        found = [(g, path) for g, path in found if emoji_split(g) == split]
-        self.glyphs = [g for g, _ in found]
-        self.drawn = torch.stack([_small(path, size) for _, path in found])     # uint8, n 3 size size
+        glyphs, drawn = _drawings(folder, size)
+        mine = [i for i, g in enumerate(glyphs) if emoji_split(g) == split]
+        self.glyphs, self.drawn = [glyphs[i] for i in mine], drawn[mine]        # the drawings are uint8
         self.copies = 16 if split == "train" and not full else 1
 
     def __len__(self) -> int: return len(self.glyphs) * self.copies
