@@ -21,7 +21,7 @@ setup(
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']), cmdclass={'build_py': BuildWithData},
     package_data={cfg['lib_path']: ['py.typed']},
     python_requires='>=' + cfg['min_python'], install_requires=words('requirements'),
-    extras_require={'dev': words('dev_requirements'), 'play': words('play_requirements')},
+    extras_require={'dev': words('dev_requirements'), 'play': words('play_requirements'), 'emoji': words('emoji_requirements')},
     entry_points={'console_scripts': words('console_scripts'),
                   'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
     long_description=Path('README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
