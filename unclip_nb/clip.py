@@ -251,12 +251,16 @@ def zero_shot(
 # %% ../nbs/05_clip.ipynb #7d7f85b8
 @patch(as_prop=True)
 def fingerprint(self:CLIP) -> str:
-    "Twelve hex digits of the weights, rounded to half precision: the same before and after saving."
+    "Twelve hex digits of the weights, rounded to half precision: the same before and after saving. Computed anew only where they changed."
+    state = sorted(self.state_dict().items())
+    now = [(name, x.data_ptr(), x._version, x.dtype) for name, x in state]
+    if getattr(self, "_fingerprint", (None,))[0] == now: return self._fingerprint[1]
     h = hashlib.sha256()
-    for name, x in sorted(self.state_dict().items()):
+    for name, x in state:
         h.update(f"{name}{tuple(x.shape)}".encode())
         h.update(x.detach().half().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return h.hexdigest()[:12]
+    self._fingerprint = now, h.hexdigest()[:12]
+    return self._fingerprint[1]
 
 # %% ../nbs/05_clip.ipynb #9231b205
 def embed(

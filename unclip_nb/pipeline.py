@@ -7,11 +7,13 @@ __all__ = ['STAGES', 'PRIORS', 'INDEX', 'find_system', 'UnCLIP', 'check_captions
            'Latent', 'explore_priors']
 
 # %% ../nbs/15_pipeline.ipynb #be33a32b
-import json, os
+import importlib, json, os
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Sequence
 import torch
+import torch.nn.functional as F
 from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -60,12 +62,17 @@ class UnCLIP(nn.Module):
             if made_for != clip.fingerprint:
                 raise UnclipError(f"the {name} was trained with CLIP {made_for or '(none)'}, not with this CLIP {clip.fingerprint}: "
                                   f"load the CLIP it belongs to, or train the {name} again")
+        self.offload = None                  # a device: stages visit it one after the other, see `working`
         self.eval().requires_grad_(False)
 
     @classmethod
-    def from_pretrained(cls, name:str|Path="tiny", device:str="auto") -> "UnCLIP":
+    def from_pretrained(cls, name:str|Path="tiny", device:str="auto", prior:bool=True, offload:bool=False, dtype:torch.dtype|None=None,
+                        variant:str|None=None, clip=None) -> "UnCLIP":
         "Load a system: 'tiny' (shipped), a folder that `unclip train` or `save_pretrained` wrote, or a hub id. Raises `UnclipError`."
         folder, where = find_system(name), pick_device(device)
+        if (folder/"model_index.json").is_file():          # diffusers' format: notebook 20, named only here so that this one stands alone
+            load = importlib.import_module("unclip_nb.pretrained").from_diffusers
+            return load(folder, prior=prior, clip=clip, dtype=dtype, variant=variant, device=device, offload=offload)
         missing = [k for k in ("clip", "prior", "decoder") if not (folder/k/"config.json").exists()]
         if (folder/"ar_prior"/"config.json").exists(): missing = [k for k in missing if k != "prior"]      # one prior is enough
         if missing: raise UnclipError(f"{folder} lacks {', '.join(missing)}: train with `unclip train {missing[0]} --out {folder}`")
@@ -73,9 +80,22 @@ class UnCLIP(nn.Module):
         return cls(**{"prior": None} | stages).to(where)
 
     @property
-    def device(self) -> torch.device: return next(self.decoder.parameters()).device
+    def device(self) -> torch.device: return self.offload or next(self.decoder.parameters()).device
     @property
     def stages(self) -> dict[str, nn.Module]: return {k: getattr(self, k) for k in STAGES if getattr(self, k) is not None}
+
+# %% ../nbs/15_pipeline.ipynb #c41ad005
+@patch
+@contextmanager
+def working(self:UnCLIP, *names:str):
+    "Within, the stages of these names are where the arithmetic is done. It moves nothing unless the system was loaded with `offload=True`."
+    if not self.offload: yield; return
+    stages = [s for k, s in self.stages.items() if k in names]
+    try:
+        for s in stages: s.to(self.device)
+        yield
+    finally:
+        for s in stages: s.to("cpu")
 
 # %% ../nbs/15_pipeline.ipynb #c31061cf
 @patch
@@ -101,13 +121,13 @@ def check_captions(captions:str|Sequence[str]) -> list[str]:
 @torch.no_grad()
 def encode_image(self:UnCLIP, images:Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
     "z_i of pictures in [-1, 1] of any size: unit norm."
-    return self.clip.encode_image(images.to(self.device))
+    with self.working("clip"): return self.clip.encode_image(images.to(self.device))
 
 @patch
 @torch.no_grad()
 def encode_text(self:UnCLIP, captions:str|Sequence[str]) -> Float[Tensor, "b d"]:
     "z_t of captions: unit norm."
-    return self.clip.encode_text(check_captions(captions))
+    with self.working("clip"): return self.clip.encode_text(check_captions(captions))
 
 # %% ../nbs/15_pipeline.ipynb #970e0144
 @patch(as_prop=True)
@@ -149,7 +169,7 @@ def decode(
     guidance:float=1.0,
     steps:Steps=50,
     sampler:str="ddim",                    # or "dpm": DPM-Solver++, 20 steps of which do as well as 50; or "ddpm": the paper's, fresh noise at every step
-    up_steps:int=4,                        # of each upsampler; 4 and 9 are equally close to the truth (36.4 dB at 128 px, 39.9 dB at 512 px, 8 unseen scenes)
+    up_steps:int|None=None,                # of each upsampler; its config's by default
     seed:int=0,
     upsample:bool=True,                    # False: stop at the decoder's size
     size:int|None=None,                    # side of the pictures, one of `sizes`; the first upsampler's by default
@@ -163,8 +183,10 @@ def decode(
     ups = self.upsamplers(size, upsample)
     gens = {k: row_generators(seed, len(zi), k) for k in ("decoder", *ups)} | (generators or {})
     tokens = None if captions is None else self.clip.tokenizer.encode(captions)
-    x = self.decoder.sample(zi.to(self.device), tokens, guidance=guidance, steps=steps, generator=gens["decoder"], x_T=x_T, eta=eta, sampler=sampler, progress=progress)
-    for k in ups: x = getattr(self, k).sample(x, steps=up_steps, generator=gens[k])
+    with self.working("clip", "decoder"): x = self.decoder.sample(zi.to(self.device), tokens, guidance=guidance, steps=steps, generator=gens["decoder"], x_T=x_T, eta=eta, sampler=sampler, progress=progress)
+    for k in ups:
+        stage = getattr(self, k)
+        with self.working(k): x = stage.sample(x, steps=up_steps or stage.config.draw["steps"], generator=gens[k])
     return x
 
 # %% ../nbs/15_pipeline.ipynb #de8a9afa
@@ -211,17 +233,32 @@ def _square(image:Float[Tensor, "3 h w"]) -> Float[Tensor, "3 s s"]:
     return image[:, (h - s) // 2:(h - s) // 2 + s, (w - s) // 2:(w - s) // 2 + s]
 
 @patch
-def pictures(self:UnCLIP,
+def squares(self:UnCLIP,
     images,     # (b, 3, h, w) or (3, h, w) in [-1, 1]; a path or PIL image; or a list of any of these, of any sizes
-) -> Float[Tensor, "b 3 s s"]:
-    "Whatever pictures a user has, square (middle part), at the decoder's size."
+) -> list[Float[Tensor, "3 s s"]]:
+    "Whatever pictures a user has, the middle square of each, at its own size."
     if isinstance(images, Tensor): images = list(images if images.ndim == 4 else images[None])
     elif not isinstance(images, (list, tuple)): images = [images]
     if not images: raise UnclipError("no picture: give at least one")
     ready = [x if isinstance(x, Tensor) else as_picture(x) if hasattr(x, "convert") else load_image(x) for x in images]
     for x in ready:
         if x.ndim != 3 or x.shape[0] != 3: raise UnclipError(f"a picture must be (3, height, width), not {tuple(x.shape)}")
-    return torch.cat([resize(_square(x)[None].float(), self.decoder.config.image_size) for x in ready]).to(self.device)
+    return [_square(x).float().to(self.device) for x in ready]
+
+@patch
+def pictures(self:UnCLIP,
+    images,     # see `squares`
+) -> Float[Tensor, "b 3 s s"]:
+    "Whatever pictures a user has, square (middle part), at the decoder's size."
+    return torch.cat([resize(x[None], self.decoder.config.image_size) for x in self.squares(images)])
+
+@patch
+def see(self:UnCLIP,
+    images,     # see `squares`
+) -> Float[Tensor, "b d"]:
+    "z_i of pictures as the decoder was trained with it: of the small picture, or of the full one at CLIP's own size."
+    if self.decoder.config.zi_of == "small": return self.encode_image(self.pictures(images))
+    return torch.cat([self.encode_image(x[None]) for x in self.squares(images)])
 
 @patch
 @torch.no_grad()
@@ -234,10 +271,11 @@ def invert(self:UnCLIP,
     progress:bool|str=False,
 ) -> Latent:
     "The bipartite latent (z_i, x_T) of pictures: `decode(latent.zi, x_T=latent.x_T, steps=latent.steps)` gives them back at the decoder's size."
-    x0 = self.pictures(images)
-    zi = self.encode_image(x0)                     # of the small picture: the decoder was trained on pairs at this size
-    x_T = [ddim_invert(self.decoder.denoiser(z), x, self.decoder.schedule, steps, refine=refine, start=start, progress=progress)
-           for z, x in zip(zi.split(batch_size), x0.split(batch_size))]
+    squares, steps = self.squares(images), self.decoder.config.edit_steps(steps)
+    x0, zi = self.pictures(squares), self.see(squares)
+    with self.working("clip", "decoder"):
+        x_T = [ddim_invert(self.decoder.denoiser(z), x, self.decoder.schedule, steps, refine=refine, start=start, progress=progress)
+               for z, x in zip(zi.split(batch_size), x0.split(batch_size))]
     return Latent(zi, torch.cat(x_T), steps)
 
 # %% ../nbs/15_pipeline.ipynb #9c661d32
@@ -247,7 +285,7 @@ def sample_zi(
     self:UnCLIP,
     captions:str|Sequence[str],
     prior:str="diffusion",       # or "ar"
-    guidance:float=1.0,          # of the prior
+    guidance:float|None=None,    # of the prior; its config's by default
     seed:int=0,                  # row i's noise depends on (seed, i) only
     generators:list|None=None,   # one a row, instead of the seed
 ) -> Float[Tensor, "b d"]:
@@ -256,8 +294,10 @@ def sample_zi(
     if prior not in PRIORS: raise UnclipError(f"unknown prior {prior!r}: use {' or '.join(PRIORS)}")
     stage = getattr(self, PRIORS[prior])
     if stage is None: raise UnclipError(f"this system has no {prior} prior: train one with `unclip train {PRIORS[prior]}`")
-    zt, text = self.clip.encode_text_tokens(self.clip.tokenizer.encode(captions).to(self.device))
-    return stage.sample(text, zt, guidance=guidance, generator=generators or row_generators(seed, len(captions), "prior"))
+    if guidance is None: guidance = stage.config.draw["guidance"]
+    with self.working("clip", PRIORS[prior]):
+        zt, text = self.clip.encode_text_tokens(self.clip.tokenizer.encode(captions).to(self.device))
+        return stage.sample(text, zt, guidance=guidance, generator=generators or row_generators(seed, len(captions), "prior"))
 
 # %% ../nbs/15_pipeline.ipynb #315b5633
 @patch
@@ -267,10 +307,10 @@ def generate(
     captions:str|Sequence[str],
     prior:str="diffusion",       # which prior draws z_i: "diffusion" or "ar"
     n:int=1,                     # pictures a caption
-    guidance:float=2.0,          # of the decoder; 1 is unguided
-    prior_guidance:float=1.0,
-    steps:int=20,                # of the decoder
-    sampler:str="dpm",           # of the decoder: "dpm" (fast), "ddim", or "ddpm" (the paper's: fresh noise at every step)
+    guidance:float|None=None,    # of the decoder; 1 is unguided. None, here and below: the config's `draw`
+    prior_guidance:float|None=None,
+    steps:int|None=None,         # of the decoder
+    sampler:str|None=None,       # of the decoder: "dpm" (fast), "ddim", or "ddpm" (the paper's: fresh noise at every step)
     seed:int=0,                  # picture j of every caption starts from noise that depends on (seed, j) only
     upsample:bool=True,
     batch_size:int=32,
@@ -278,7 +318,9 @@ def generate(
     size:int|None=None,          # side of the pictures, one of `sizes`; the first upsampler's by default
 ) -> Float[Tensor, "bn 3 h w"]:
     "Pictures in [-1, 1] for captions, n each, caption-major. The same seed gives the same pictures whatever else is in the batch."
-    captions = check_captions(captions)
+    captions, usual = check_captions(captions), self.decoder.config.draw
+    guidance = usual["guidance"] if guidance is None else guidance
+    steps, sampler = usual["steps"] if steps is None else steps, sampler or usual["sampler"]
     if n < 1 or steps < 1: raise UnclipError(f"n and steps must be at least 1, not {n} and {steps}")
     ups = self.upsamplers(size, upsample)                                  # refuse before the work, not after
     rows = [(c, j) for c in captions for j in range(n)]
@@ -308,7 +350,7 @@ def explore_priors(
     draws = {k: model.sample_zi([caption] * n, k, seed=seed) for k, stage in PRIORS.items() if getattr(model, stage) is not None} | {"z_t": zt.expand(n, -1)}
     side, pictures, titles = model.decoder.config.image_size, [], []
     for name, zi in draws.items():
-        near = zi @ real.T
+        near = F.normalize(zi, dim=1) @ F.normalize(real, dim=1).T
         pictures += [model.decode(zi, [caption] * n, guidance=guidance, steps=steps, sampler="dpm", seed=seed, upsample=False).cpu(), resize(pool[near.argmax(1).cpu()], side)]
-        titles += [f"{name}: z_i·z_t {c:.2f}" for c in (zi @ zt.T)[:, 0]] + [f"nearest: {c:.2f}" for c in near.amax(1)]
+        titles += [f"{name}: z_i·z_t {c:.2f}" for c in torch.cosine_similarity(zi, zt)] + [f"nearest: {c:.2f}" for c in near.amax(1)]
     return torch.cat(pictures), titles

@@ -149,6 +149,7 @@ def load_weights(
     model:nn.Module,          # changed in place; keeps its own precision
     tensors:dict[str,Tensor], # by name, as in its state_dict
     source:str|Path="weights",# named in the error
+    assign:bool=False,        # take the tensors themselves, with their precision, instead of copying
 ):
     "Put `tensors` into `model`. Raises `UnclipError` naming the first that is missing, unknown or of another shape."
     own = model.state_dict()
@@ -157,7 +158,7 @@ def load_weights(
     for k, v in own.items():
         if v.shape != tensors[k].shape:
             raise UnclipError(f"{source}: {k!r} is {tuple(tensors[k].shape)}, the config makes it {tuple(v.shape)}; use the config it was saved with")
-    model.load_state_dict(tensors)
+    model.load_state_dict(tensors, assign=assign)
 
 # %% ../nbs/04_train.ipynb #7a9e8b37
 def config_from(
