@@ -11,14 +11,13 @@ __all__ = ['Names', 'RES', 'TOWER', 'OPENAI_MEAN', 'OPENAI_STD', 'FILES', 'KINDS
            'why_not', 'save_diffusers', 'write_tokenizer', 'tiny_karlo']
 
 # %% ../nbs/20_pretrained.ipynb #281adfec
-import gzip, json, math
+import gzip, json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from fastcore.basics import patch
 from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from .clip import CLIP, CLIPConfig, load_clip
 from .core import Generators, UnclipError, pick_device, randn
 from .data import OpenCLIPTokenizer, import_open_clip
 from .decoder import Decoder, DecoderConfig
-from .diffusion import Prediction, Schedule, Steps, ddim_sample, ddpm_sample, predict
+from .diffusion import Schedule, Steps, ddim_sample, ddpm_sample, predict
 from .diffusion_prior import DiffusionPrior, PriorConfig, keep_best
 from .layers import TimeEmbedding
 from .pipeline import UnCLIP
@@ -114,7 +113,7 @@ def time_names(ours:str="time") -> Names:
 def prior_names(layers:int) -> Names:
     "Our `DiffusionPrior` -> diffusers' PriorTransformer, whose single vectors have lost their leading axes of length one."
     names = {"net.positions": "positional_embedding", "net.query": "prd_embedding"} | time_names("net.time")
-    names |= pairs("net", "", {}) | pair("net.text_in", "encoder_hidden_states_proj") | pair("net.zt_in", "embedding_proj")
+    names |= pair("net.text_in", "encoder_hidden_states_proj") | pair("net.zt_in", "embedding_proj")
     names |= pair("net.zi_in", "proj_in") | pair("net.out", "proj_to_clip_embeddings") | pair("net.transformer.norm", "norm_out")
     for i in range(layers):
         a, b = f"net.transformer.blocks.{i}", f"transformer_blocks.{i}"
