@@ -231,7 +231,7 @@ def test_pick_inverts_the_running_sum():
 def test_uniforms_a_row_each():
     a = uniforms((3, 4), own(3))
     assert torch.equal(a[1], torch.rand(4, generator=own(3)[1])) and a.min() >= 0 and a.max() < 1
-    with pytest.raises(ValueError, match="2 generators for 3 rows"): uniforms((3, 4), own(2))
+    with pytest.raises(UnclipError, match="2 generators for 3 rows"): uniforms((3, 4), own(2))
 
 # ---- saving, training, errors
 

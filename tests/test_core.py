@@ -3,7 +3,7 @@ import os, subprocess, sys
 import numpy as np, pytest, torch
 from PIL import Image
 from unclip_nb import core
-from unclip_nb.core import (UnclipError, count_parameters, data_path, generator, image_grid, pick_device, randn, resize, seed_for, show_images,
+from unclip_nb.core import (UnclipError, count_parameters, data_path, generator, image_grid, number, pick_device, randn, resize, seed_for, show_images,
                             to_pil, to_tensor)
 
 def test_seeds_are_fixed_for_good():
@@ -30,7 +30,7 @@ def test_a_row_does_not_depend_on_its_batch():
     draw = lambda ns: randn((len(ns), 3, 4), [generator(n) for n in ns])
     assert draw(names)[[3, 1]].equal(draw(["d", "b"]))
     assert draw(["b"])[0].equal(torch.randn(3, 4, generator=generator("b")))
-    with pytest.raises(ValueError, match="2 generators for 3 rows"): randn((3, 4), [generator(0), generator(1)])
+    with pytest.raises(UnclipError, match="2 generators for 3 rows"): randn((3, 4), [generator(0), generator(1)])
 
 def test_noise_is_standard_normal():
     x = randn((64, 500), [generator("moments", i) for i in range(64)])
@@ -103,3 +103,14 @@ def test_shapes_are_checked_while_tests_run():
     from jaxtyping import TypeCheckError
     with pytest.raises(TypeCheckError): to_pil(torch.zeros(4, 8, 8))
     with pytest.raises(TypeCheckError): resize(torch.zeros(3, 8, 8), 4)
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400, True, None, "3", [1], torch.zeros(2), 2.5])
+def test_number_refuses_what_is_no_whole_number_in_one_line(value):
+    with pytest.raises(UnclipError, match="^steps is .*: give a whole number at least 1$"):
+        number("steps", value, low=1, whole=True)
+
+def test_number_keeps_its_bounds():
+    assert number("eta", 1, low=0, high=1) == 1.0
+    assert isinstance(number("steps", 3, low=1, whole=True), int)
+    for bounds, value in ((dict(low=1), 0), (dict(high=1), 2), (dict(above=0), 0), (dict(below=1), 1)):
+        with pytest.raises(UnclipError): number("x", value, **bounds)

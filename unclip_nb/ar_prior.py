@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from .core import Generators, UnclipError
+from .core import Generators, UnclipError, check_generators, number
 from .layers import KVCache, Transformer
 from .pca import PCAQuantizer
 from .train import Stage
@@ -123,7 +123,7 @@ class ARPrior(Stage):
         super().__init__(config)
         c, self.scale = config, math.sqrt(config.clip_dim)            # times this, a number in a unit-norm z_t is about 1
         self.quantizer = PCAQuantizer(c.k, c.buckets, c.kind, dim=c.clip_dim)
-        self.register_buffer("dot_edges", torch.zeros(c.dot_buckets - 1))
+        self.register_buffer("dot_edges", torch.zeros(c.dot_buckets - 1, dtype=torch.float32))
         self.net = ARPriorNet(c)
 
 # %% ../nbs/07_ar_prior.ipynb #a78186c4
@@ -201,6 +201,7 @@ def writer(
 ):
     "A function: the codes so far (b, p) -> logits (b, buckets) of code p; conditions, guidance and cache inside. Raises `UnclipError` for other sizes."
     self.check(text, zt)
+    text, zt = text.to(self.net.bias), zt.to(self.net.bias)    # the network's precision
     net, b, rows = self.net, len(zt), torch.arange(len(zt), device=zt.device)
     if guidance != 1:                                                # one empty caption serves every row
         text, zt, dot = F.pad(text, (0, 0, 0, 0, 0, 1)), F.pad(zt, (0, 0, 0, 1)), F.pad(dot, (0, 1), value=self.config.dot_buckets)
@@ -213,7 +214,7 @@ def writer(
         p, both = codes.shape[1], codes.repeat(len(rows) // b, 1)    # both branches see the same codes
         if not cache: out = net.transformer(torch.cat([prefix[rows], net.embed(both)], 1))[:, -1:]
         else: out = h if p == 0 else net.transformer(net.embed(both[:, -1:], p - 1), caches)
-        out = net.logits(out, p)[:, 0]
+        out = net.logits(out, p)[:, 0].float()
         if guidance == 1: return out
         cond, null = out.chunk(2)
         return null + guidance * (cond - null)                       # eq. 3
@@ -226,8 +227,7 @@ def narrow(
     top_p:float=1.0,        # the fewest outcomes that together have at least this probability; the others get none
 ) -> Float[Tensor, "b n"]:
     "Probabilities to draw from. Raises `UnclipError` for a negative temperature or a top_p outside (0, 1]."
-    if temperature < 0: raise UnclipError(f"temperature is {temperature}: give 0 or more")
-    if not 0 < top_p <= 1: raise UnclipError(f"top_p is {top_p}: give more than 0 and at most 1")
+    temperature, top_p = number("temperature", temperature, low=0), number("top_p", top_p, above=0, high=1)
     if temperature == 0: return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits)
     probs = (logits / temperature).softmax(-1)
     if top_p == 1: return probs
@@ -248,11 +248,11 @@ def uniforms(
     generator:Generators=None, # one for all, or a list with one for each row
     device=None,               # where they are wanted; they are always drawn on the CPU
 ) -> Float[Tensor, "b n"]:
-    "Uniform numbers in [0, 1), as `core.randn` draws normal ones. Raises `ValueError` for a list of the wrong length."
+    "Uniform numbers in [0, 1), as `core.randn` draws normal ones. Raises `UnclipError` for a list of the wrong length."
+    check_generators(generator, shape[0])
     if isinstance(generator, (list, tuple)):
-        if len(generator) != shape[0]: raise ValueError(f"{len(generator)} generators for {shape[0]} rows: give one per row")
-        return torch.stack([torch.rand(shape[1], generator=g) for g in generator]).to(device)
-    return torch.rand(shape, generator=generator).to(device)
+        return torch.stack([torch.rand(shape[1], generator=g, dtype=torch.float32) for g in generator]).to(device)
+    return torch.rand(shape, generator=generator, dtype=torch.float32).to(device)
 
 # %% ../nbs/07_ar_prior.ipynb #09092a3c
 @patch
@@ -271,7 +271,8 @@ def sample_codes(
 ) -> Int[Tensor, "b k"]:
     "Write the codes of an image embedding for each caption (paper 2.2). Raises `UnclipError` for impossible settings."
     from tqdm import tqdm
-    if not 0 <= percentile <= 100: raise UnclipError(f"percentile is {percentile}: give 0 to 100")
+    percentile, guidance = number("percentile", percentile, low=0, high=100), number("guidance", guidance, low=-100, high=100)
+    narrow(torch.zeros(1, 2), temperature, top_p)              # refuse before the work, not after
     c, u = self.config, uniforms((len(zt), self.config.k + 1), generator, zt.device)
     share = percentile / 100 + (1 - percentile / 100) * u[:, 0]
     write = self.writer(text, zt, (share * c.dot_buckets).long().clamp(max=c.dot_buckets - 1), guidance, cache)

@@ -13,7 +13,7 @@ from einops import rearrange
 from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from .core import Generators, UnclipError, randn, resize
+from .core import Generators, UnclipError, choice, number, randn, resize
 from .diffusion import (Prediction, Schedule, Steps, ddim_sample, ddpm_sample, dpm_sample, guided, hybrid_loss, predict, q_sample,
     simple_loss, split_variance)
 from .diffusion_prior import EmbeddingStats, first_embeddings
@@ -124,8 +124,8 @@ class Decoder(Stage):
 
     def condition(self, zi:Float[Tensor, "b d"], tokens:Int[Tensor, "b n"], keep_zi:Tensor|None=None) -> tuple[Tensor, Tensor]:
         "What the U-Net hears beside the picture: a vector for the time embedding and a row of tokens (text, then z_i's four)."
-        z = self.stats(zi)
-        if keep_zi is not None: z = torch.where(keep_zi[:, None], z, self.null_zi.to(z.dtype))
+        z = self.stats(zi).to(self.null_zi.dtype)                       # whitened in float32, then the network's precision
+        if keep_zi is not None: z = torch.where(keep_zi[:, None], z, self.null_zi)
         text = self.text(tokens)
         extra = rearrange(self.zi_to_tokens(z), "b (k w) -> b k w", k=self.config.clip_tokens)
         return self.zi_to_time(z) + self.text_to_time(text[:, -1]), torch.cat([text, extra], 1)
@@ -134,7 +134,7 @@ class Decoder(Stage):
 @patch
 def network(self:Decoder, x_t, t, vector, context):
     "The U-Net's raw answer about x_t."
-    return self.unet(x_t, self.time(t) + vector, context)
+    return self.unet(x_t.to(self.null_zi.dtype), self.time(t) + vector, context)
 
 @patch
 def prediction(self:Decoder, out, x_t, t) -> Prediction:
@@ -182,7 +182,8 @@ def denoiser(self:Decoder, zi:Float[Tensor, "b d"]|None, tokens:Int[Tensor, "b n
 def sample(self:Decoder, zi:Float[Tensor, "b d"]|None, tokens:Int[Tensor, "b n"]|None=None, guidance:float=2.0, steps:int=50,
            generator:Generators=None, x_T:Tensor|None=None, eta:float=0.0, sampler:str="ddim", progress:bool=False) -> Float[Tensor, "b 3 s s"]:
     "Draw pictures in [-1, 1] for z_i, captions, or both. `sampler`: ddim, ddpm (the paper's, with the learned variance) or dpm (DPM-Solver++, fewer steps). Raises `UnclipError` for others."
-    if sampler not in ("ddim", "ddpm", "dpm"): raise UnclipError(f"unknown sampler {sampler!r} for the decoder: use ddim, ddpm or dpm")
+    choice("sampler for the decoder", sampler, ("ddim", "ddpm", "dpm"))
+    guidance, eta = number("guidance", guidance, low=-100, high=100), number("eta", eta, low=0, high=1)
     if sampler != "ddim" and eta: raise UnclipError(f"eta is a setting of ddim: {'dpm is deterministic' if sampler == 'dpm' else 'ddpm has its own noise'}")
     n, s = len(tokens if zi is None else zi), self.config.image_size
     if x_T is None: x_T = randn((n, 3, s, s), generator, self.null_zi.device)

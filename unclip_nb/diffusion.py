@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'Denoise', 'Steps', 'linear_betas', 'cosine_betas', 'Schedule', 'q_sample', 'Prediction', 'target',
-           'predict', 'loss_weight', 'simple_loss', 'mixture_denoiser', 'respace', 'ddpm_sample', 'ddim_sample',
-           'even_snr', 'dpm_sample', 'split_variance', 'normal_kl', 'pixel_log_prob', 'vlb_terms', 'bits_per_dim',
-           'hybrid_loss', 'guided']
+           'predict', 'loss_weight', 'simple_loss', 'mixture_denoiser', 'respace', 'check_steps', 'ddpm_sample',
+           'ddim_sample', 'even_snr', 'dpm_sample', 'split_variance', 'normal_kl', 'pixel_log_prob', 'vlb_terms',
+           'bits_per_dim', 'hybrid_loss', 'guided']
 
 # %% ../nbs/08_diffusion.ipynb #bc92540d
 import math
@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
-from .core import Generators, UnclipError, randn
+from .core import Generators, UnclipError, choice, number, randn
 
 # %% ../nbs/08_diffusion.ipynb #60fb2d42
 def linear_betas(T:int=1000, largest:float=0.999) -> Float[Tensor, "T"]:
@@ -37,8 +37,9 @@ class Schedule:
         T:int=1000,        # steps from a clean picture to noise
     ):
         makers = {"cosine": cosine_betas, "linear": linear_betas}
-        if kind not in makers: raise UnclipError(f"unknown noise schedule {kind!r}: use cosine or linear")
-        if T < 1: raise UnclipError(f"a noise schedule needs at least one step, not T={T}")
+        choice("noise schedule", kind, makers)
+        if isinstance(T, int) and T < 1: raise UnclipError(f"a noise schedule needs at least one step, not T={T}")
+        T = number("T", T, low=1, high=1_000_000, whole=True)
         self.kind, self.T, self._cast = kind, T, {}
         self.betas = makers[kind](T)
         self.abar = (1 - self.betas).cumprod(0)
@@ -76,7 +77,7 @@ class Prediction(NamedTuple):
 Denoise = Callable[[Tensor, Tensor], Prediction]   # (x_t (b, ...), t (b,)) -> what is signal in it and what is noise
 
 def _check_target(kind:str):
-    if kind not in TARGETS: raise UnclipError(f"unknown target {kind!r}: use eps, x0 or v")
+    choice("target", kind, TARGETS)
 
 # %% ../nbs/08_diffusion.ipynb #87231018
 def target(
@@ -163,7 +164,7 @@ Steps = int|str|Sequence[int]   # how many steps a sampler takes: 50, or (10, 10
 
 def _numbers(text:str) -> list[int]:
     try: return [int(n) for n in text.split(",")]
-    except ValueError: raise UnclipError(f"cannot read diffusion steps {text!r}: use 50, 10,10,3,2,2, ddim50 or snr20") from None
+    except ValueError: raise UnclipError(f"cannot read diffusion steps {text[:60]!r}: use 50, 10,10,3,2,2, ddim50 or snr20") from None
 
 def _stride(T:int, n:int) -> list[int]:
     "n timesteps from 0 up at a fixed whole distance."
@@ -180,9 +181,11 @@ def respace(
     if isinstance(steps, str) and steps.startswith("ddim"): return _stride(T, *_numbers(steps[4:])[:1])[::-1]
     if isinstance(steps, str) and "of" in steps:
         n, below = (_numbers(part)[0] for part in steps.split("of", 1))
-        if below > T: raise UnclipError(f"cannot take steps below {below} of {T}: use {n}of{T} at most")
+        if not 1 <= below <= T: raise UnclipError(f"cannot take steps below {below} of {T}: use {n}of{T} at most")
         return respace(below, n)
-    counts = _numbers(steps) if isinstance(steps, str) else [steps] if isinstance(steps, int) else list(steps)
+    if isinstance(steps, str): counts = _numbers(steps)
+    elif isinstance(steps, (list, tuple, range)): counts = [number("steps in a section", n, whole=True) for n in steps]
+    else: counts = [number("steps", steps, whole=True)]
     if not counts: raise UnclipError("no diffusion steps to take: give a number, or one for each section")
     (base, extra), start, kept = divmod(T, len(counts)), 0, []
     for i, n in enumerate(counts):
@@ -191,6 +194,14 @@ def respace(
         kept += [start + (size - 1 if n == 1 else round(k * ((size - 1) / (n - 1)))) for k in range(n)]
         start += size
     return kept[::-1]
+
+def check_steps(
+    T:int,       # steps of the schedule
+    steps:Steps,
+):
+    "Raises `UnclipError` where no sampler could take these steps."
+    if isinstance(steps, str) and steps.startswith("snr"): number("steps", _numbers(steps[3:])[0], low=1, high=T, whole=True)
+    else: respace(T, steps)
 
 # %% ../nbs/08_diffusion.ipynb #27f25181
 def _steps(schedule:Schedule, steps, progress) -> Iterator[tuple[int, float, float]]:
@@ -251,7 +262,7 @@ def ddim_sample(
     progress:bool|str=False,        # a bar; a string is its label
 ) -> Float[Tensor, "b ..."]:
     "DDIM sampling: equation 12 of DDIM."
-    x = x_T
+    x, eta = x_T, number("eta", eta, low=0, high=1)
     for t, abar, prev in _steps(schedule, steps, progress):
         p = _ask(denoise, x, t, abar, clip)
         sigma = eta * ((1 - prev) / (1 - abar) * (1 - abar / prev)) ** 0.5           # eq. 12
@@ -288,7 +299,8 @@ def dpm_sample(
 ) -> Float[Tensor, "b ..."]:
     "DPM-Solver++(2M), algorithm 2 of that paper: like DDIM a function of x_T, but right to the second order."
     x, last = x_T, None
-    for t, abar, prev in _steps(schedule, f"snr{steps}" if isinstance(steps, int) else steps, progress):
+    if not isinstance(steps, (str, list, tuple, range)): steps = f"snr{number('steps', steps, low=1, whole=True)}"
+    for t, abar, prev in _steps(schedule, steps, progress):
         guess = x0 = _ask(denoise, x, t, abar, clip).x0
         now = math.log(abar / (1 - abar)) / 2
         if last and prev < 1:

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from .core import Generators, UnclipError, generator, randn
+from .core import ExactBuffers, Generators, UnclipError, check_generators, choice, generator, number, randn
 from .diffusion import Denoise, Schedule, ddim_sample, ddpm_sample, guided, predict, q_sample, simple_loss
 from .layers import KVCache, TimeEmbedding, Transformer
 from .train import Stage
@@ -87,7 +87,7 @@ class PriorNet(nn.Module):
 
     def suffix(self, zi_t:Float[Tensor, "b d"], t:Int[Tensor, "b"]) -> Float[Tensor, "b 3 width"]:
         "The three tokens that change at every step."
-        return torch.stack([self.time(t), self.zi_in(zi_t), self.query.expand(len(zi_t), -1)], 1) + self.positions[-3:]
+        return torch.stack([self.time(t), self.zi_in(zi_t.to(self.query)), self.query.expand(len(zi_t), -1)], 1) + self.positions[-3:]
 
     def forward(self, text:Float[Tensor, "b n w"], zt:Float[Tensor, "b d"], zi_t:Float[Tensor, "b d"], t:Int[Tensor, "b"]) -> Float[Tensor, "b d"]:
         x = torch.cat([self.prefix(text, zt), self.suffix(zi_t, t)], 1)
@@ -98,15 +98,15 @@ def _exact(x):
     "No mixed precision, on whatever device (the meta device knows none)."
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
-class EmbeddingStats(nn.Module):
+class EmbeddingStats(ExactBuffers):
     "Centres embeddings and makes every direction equally wide; nothing but a factor until `fit`."
     def __init__(self,
         dim:int,                # of an embedding
         scale:float|None=None,  # the factor; None: sqrt(dim)
     ):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("matrix", torch.eye(dim) * (scale or dim ** 0.5))
+        self.register_buffer("mean", torch.zeros(dim, dtype=torch.float32))
+        self.register_buffer("matrix", torch.eye(dim, dtype=torch.float32) * (scale or dim ** 0.5))
 
     @torch.no_grad()
     def fit(self, z:Float[Tensor, "n d"], floor:float=0.01):
@@ -129,7 +129,6 @@ def first_embeddings(
 ) -> Float[Tensor, "m d"]:
     "The z_i of a few batches that training will not see at these steps: for statistics."
     return torch.cat([batches.at(-1 - k)["zi"] for k in range(n // batches.batch_size + 1)])
-
 
 # %% ../nbs/09_diffusion_prior.ipynb #3260e11a
 class DiffusionPrior(Stage):
@@ -315,10 +314,12 @@ def sample(
     progress:bool|str=False,
 ) -> Float[Tensor, "b d"]:         # unit norm
     "Draw an image embedding for each caption (paper 2.2). Raises `UnclipError` for an unknown sampler or a variance that was not measured."
-    if sampler not in SAMPLERS: raise UnclipError(f"unknown sampler {sampler!r} for the prior: use {', '.join(SAMPLERS)}")
+    choice("sampler", sampler, SAMPLERS)
+    guidance, candidates = number("guidance", guidance, low=-100, high=100), number("candidates", candidates, low=1, high=1000, whole=True)
+    check_generators(generator, len(zt))
     if isinstance(generator, (list, tuple)): generator = [g for g in generator for _ in range(candidates)]
     x_T = randn((len(zt) * candidates, zt.shape[1]), generator, zt.device)
-    draw, denoise = ddim_sample if sampler == "ddim" else ddpm_sample, self.denoiser(text, zt, guidance, candidates, cache)
+    draw, denoise = ddim_sample if sampler == "ddim" else ddpm_sample, self.denoiser(text.to(self.net.query), zt.to(self.net.query), guidance, candidates, cache)
     if sampler == "analytic": denoise = self.with_variance(denoise)
     x = draw(denoise, x_T, self.schedule, steps, generator=generator, clip=False, progress=progress)
     return keep_best(F.normalize(self.stats.inverse(x), dim=-1).unflatten(0, (len(zt), candidates)), zt)

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
-from .core import UnclipError
-from .diffusion import Denoise, Schedule, Steps, even_snr, respace
+from .core import UnclipError, choice, number
+from .diffusion import Denoise, Schedule, Steps, check_steps, even_snr, respace
 
 # %% ../nbs/14_inversion.ipynb #decb7a85
 def _move(x:Tensor, eps:Tensor, abar_from:float, abar_to:float) -> Tensor:
@@ -23,6 +23,7 @@ CONVENTIONS = ("target", "current")
 
 def _walk(schedule:Schedule, steps:Steps) -> list[tuple[int, float, float]]:
     "The sampler's timesteps, cleanest first: each with abar there and at the next cleaner one (1 before the first)."
+    check_steps(schedule.T, steps)
     ts = even_snr(schedule, int(steps[3:])) if isinstance(steps, str) and steps[:3] == "snr" and steps[3:].isdigit() else respace(schedule.T, steps)
     abar = [1.0] + [schedule.abar[t].item() for t in ts[::-1]]
     return list(zip(ts[::-1], abar[1:], abar))
@@ -48,8 +49,8 @@ def ddim_invert(
 ) -> Float[Tensor, "b ..."]:
     """The noise x_T from which `ddim_sample(denoise, x_T, schedule, steps, clip=False)` draws x0: DDIM's differential equation in reverse
     (Diffusion Models Beat GANs, appendix F). x0-hat is never clipped. Raises `UnclipError` for an unknown convention or bad steps."""
-    if convention not in CONVENTIONS: raise UnclipError(f"unknown inversion convention {convention!r}: use target or current")
-    if refine < 0: raise UnclipError(f"inversion cannot be refined {refine} times: use 0 or more")
+    choice("inversion convention", convention, CONVENTIONS)
+    refine, start = number("refine", refine, low=0, high=1000, whole=True), number("start", start, low=0, whole=True)
     walk = _walk(schedule, steps)
     below = [] if from_clean else [step for step in walk if step[0] <= start]
     if len(below) == len(walk): raise UnclipError(f"inversion starts at {start}, and the noisiest of its timesteps is {walk[-1][0]}: start further down")

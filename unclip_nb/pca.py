@@ -11,7 +11,7 @@ import torch
 from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from .core import UnclipError
+from .core import ExactBuffers, UnclipError, choice, number
 
 # %% ../nbs/06_pca.ipynb #11ac6ac9
 def moments(
@@ -30,14 +30,14 @@ def moments(
     return n, mean, scatter / max(n - 1, 1)
 
 # %% ../nbs/06_pca.ipynb #65a6bd3e
-class PCA(nn.Module):
+class PCA(ExactBuffers):
     "Directions of greatest variance, the greatest first: `fit` finds them. The state is float32 buffers, saved with any model that holds it."
     def __init__(self,
         dim:int|None=None, # length of an embedding; needed only where weights are to be loaded, `fit` sees it
     ):
         super().__init__()
         d = dim or 0
-        for name, shape in (("mean", (d,)), ("components", (d, d)), ("variances", (d,))): self.register_buffer(name, torch.zeros(shape))
+        for name, shape in (("mean", (d,)), ("components", (d, d)), ("variances", (d,))): self.register_buffer(name, torch.zeros(shape, dtype=torch.float32))
 
     @property
     def fitted(self) -> bool: return bool(self.components.any())      # zeros as built; `fit` or loaded weights fill them
@@ -46,6 +46,7 @@ class PCA(nn.Module):
         "Raise `UnclipError` before `fit`, for embeddings of another length, and for more components than there are."
         if not self.fitted: raise UnclipError("this PCA knows no directions yet: call fit first, or load weights")
         if d != len(self.mean): raise UnclipError(f"this PCA was fitted to embeddings of length {len(self.mean)}, not {d}")
+        k = number("the number of components", k, whole=True)
         if not 0 <= k <= d: raise UnclipError(f"{k} components of embeddings of length {d}: ask for at most {d}")
 
 # %% ../nbs/06_pca.ipynb #3d9bfcb5
@@ -58,7 +59,7 @@ def fit_batches(
     "`fit` from a stream. Raises `UnclipError` for fewer embeddings than components, k above d, another length, or a number that isn't finite."
     n, mean, cov = moments(batches)
     d = len(mean) or len(self.mean)
-    k = d if k is None else k
+    k = d if k is None else number("the number of components", k, low=0, whole=True)
     if len(self.mean) not in (0, d): raise UnclipError(f"this PCA was built for embeddings of length {len(self.mean)}, not {d}")
     if k > d: raise UnclipError(f"{k} components of embeddings of length {d}: ask for at most {d}")
     if n < max(k, 1): raise UnclipError(f"{n} embeddings are too few for {k} components: give at least {max(k, 1)}, or ask for fewer components")
@@ -87,6 +88,7 @@ def transform(
     k:int|None=None,        # leading components wanted; all by default
 ) -> Float[Tensor, "b k"]:
     "How far each embedding lies from the mean along the first k directions. Raises `UnclipError` before `fit`, for k above d and another length."
+    if not isinstance(z, Tensor) or z.ndim < 1: raise UnclipError("embeddings must be a tensor (b, d)")
     self.check(len(self.mean) if k is None else k, z.shape[-1])
     with torch.autocast(z.device.type, enabled=False): return (z.to(self.mean) - self.mean) @ self.components[:k].T       # eq. 3
 
@@ -116,6 +118,7 @@ def components_for(
 ) -> int:
     "The smallest number of components that hold this share of the variance. Raises `UnclipError` before `fit`."
     self.check(0, len(self.mean))
+    share = number("share", share, low=0, high=1)
     held = self.variances.double().cumsum(0) / self.variances.double().sum()
     return min(int((held < share).sum()) + 1, len(held))
 
@@ -126,7 +129,7 @@ def bucket_edges(
     kind:str="uniform",      # uniform: equally wide; quantile: equally full
 ) -> Float[Tensor, "k {buckets}+1"]:
     "The borders of each column's buckets, from its smallest value to its largest. Raises `UnclipError` for an unknown kind."
-    if kind not in ("uniform", "quantile"): raise UnclipError(f"unknown kind of buckets {kind!r}: use uniform or quantile")
+    choice("kind of buckets", kind, ("uniform", "quantile"))
     y, at = y.double().sort(0).values.T.contiguous(), torch.linspace(0, 1, buckets + 1, dtype=torch.float64, device=y.device)
     if kind == "uniform": return y[:, :1].lerp(y[:, -1:], at).float()
     at = at * (y.shape[1] - 1)                                        # a place in the sorted values, between two of them
@@ -156,7 +159,7 @@ def bucket_centres(
     return torch.where(counts > 0, sums / counts.clamp(min=1), middle).float()
 
 # %% ../nbs/06_pca.ipynb #67a4bbea
-class PCAQuantizer(nn.Module):
+class PCAQuantizer(ExactBuffers):
     "An embedding as k whole numbers: its first k principal components, each in one of `buckets` buckets (paper 2.2)."
     def __init__(self,
         k:int,                # components kept; the paper's 319 of 1024
@@ -165,12 +168,13 @@ class PCAQuantizer(nn.Module):
         dim:int|None=None,    # length of an embedding; needed only where weights are to be loaded, `fit` sees it
     ):
         super().__init__()
-        if kind not in ("uniform", "quantile"): raise UnclipError(f"unknown kind of buckets {kind!r}: use uniform or quantile")
+        choice("kind of buckets", kind, ("uniform", "quantile"))
+        k, buckets = number("k", k, whole=True), number("buckets", buckets, whole=True)
         if k < 1 or buckets < 1: raise UnclipError(f"{k} components in {buckets} buckets: give at least one of each")
         if dim is not None and k > dim: raise UnclipError(f"{k} components of embeddings of length {dim}: ask for at most {dim}")
         self.k, self.buckets, self.kind, self.pca = k, buckets, kind, PCA(dim)
-        self.register_buffer("edges", torch.zeros(k, buckets + 1))
-        self.register_buffer("centres", torch.zeros(k, buckets))
+        self.register_buffer("edges", torch.zeros(k, buckets + 1, dtype=torch.float32))
+        self.register_buffer("centres", torch.zeros(k, buckets, dtype=torch.float32))
 
 # %% ../nbs/06_pca.ipynb #c322092c
 @patch
