@@ -159,3 +159,207 @@ def test_saves_itself_in_the_format_it_came_in(model, tmp_path):
 def test_our_own_systems_are_refused(tmp_path):
     with pytest.raises(UnclipError, match="cannot be written in Karlo's format: its CLIP"): save_diffusers(UnCLIP.from_pretrained('tiny', device='cpu'), tmp_path/'x')
     assert not (tmp_path/'x').exists()
+
+# What became general
+
+def test_lengths_are_kept(model):
+    from unclip_nb.edits import angle, interpolation_path, pca_path, slerp, text_diff_path
+    from unclip_nb.pca import PCA
+    from unclip_nb.pipeline import Latent
+    z = F.normalize(torch.randn(2, 32, generator=generator('z')), dim=1) * torch.tensor([[20.], [30.]])
+    latent = Latent(z, torch.zeros(2, 3, 16, 16), 5)
+    turned = text_diff_path(latent, F.normalize(torch.randn(1, 32, generator=generator('d')), dim=1), [0.25, 0.5]).zi
+    assert torch.allclose(turned.norm(dim=1), torch.tensor([20., 20., 30., 30.]))
+    assert 0.3 < angle(turned[1:2], z[:1]).item()                                      # a unit direction would turn it by 0.05
+    way = interpolation_path(latent[0], latent[1], 5).zi
+    assert torch.allclose(way.norm(dim=1), torch.linspace(20, 30, 5))
+    steps = [angle(a[None], b[None]).item() for a, b in zip(way, way[1:])]
+    assert max(steps) - min(steps) < 1e-4                                              # constant angular speed
+    assert slerp(z[:1], z[1:], 0.0, lengths=True).allclose(z[:1]) and slerp(z[:1], z[1:], 1.0, lengths=True).allclose(z[1:])
+    pca = PCA().fit(torch.randn(64, 32, generator=generator('p')))
+    assert torch.allclose(pca_path(latent, pca, [3, 32]).zi.norm(dim=1), torch.tensor([20., 20., 30., 30.]))
+
+def test_zi_is_of_the_full_picture(model):
+    photo = F.interpolate(torch.rand(1, 3, 9, 12, generator=generator('photo')) * 2 - 1, (90, 120), mode='bicubic').clamp(-1, 1)
+    full = model.encode_image(photo)
+    assert apart(model.invert(photo, steps=3).zi, full) < 1e-6
+    assert apart(model.encode_image(model.pictures(photo)), full) > 1e-3               # of the small picture: another
+    tiny = UnCLIP.from_pretrained('tiny', device='cpu')
+    assert apart(tiny.see(photo), tiny.encode_image(tiny.pictures(photo))) < 1e-6      # ours: of the small picture, as they were trained
+
+def test_edits_leave_out_the_noisiest_step(model):
+    assert respace(1000, '50of980')[0] == 979 and len(respace(1000, '50of980')) == 50
+    assert model.invert(torch.zeros(1, 3, 16, 16), steps=4).steps == '4of980'
+    assert UnCLIP.from_pretrained('tiny', device='cpu').decoder.config.edit_steps(50) == 50
+    with pytest.raises(UnclipError, match='below 1200'): respace(1000, '50of1200')
+
+@torch.no_grad()
+def test_hidden_tokens_change_nothing():
+    from unclip_nb.layers import Transformer
+    net = UNet(UNetConfig(16, 3, 3, 32, (1, 2), 1, (8,), 16, context_width=8)).eval()
+    for p in net.parameters(): p.add_(0.05 * torch.randn(p.shape, generator=generator('w', p.numel())))
+    x, emb, g = torch.randn(1, 3, 16, 16, generator=generator('x')), torch.zeros(1, 128), generator('c')
+    context = torch.randn(1, 5, 8, generator=g)
+    other = context.clone()
+    other[:, 3:] = 9
+    keep = torch.tensor([[True, True, True, False, False]])
+    assert net(x, emb, (context, keep)).equal(net(x, emb, (other, keep)))
+    assert torch.allclose(net(x, emb, (context, keep)), net(x, emb, context[:, :3]), atol=1e-5)
+    assert not torch.allclose(net(x, emb, context), net(x, emb, other), atol=1e-3)
+    t = Transformer(16, 2, 2)
+    words = torch.randn(1, 6, 16, generator=g)
+    hidden = torch.tensor([[True, True, False, False, True, True]])
+    assert torch.allclose(t(words, keep=hidden)[:, [0, 1, 4, 5]], t(words[:, [0, 1, 4, 5]]), atol=1e-5)
+
+def test_the_embedding_can_be_added():
+    from unclip_nb.unet import ResBlock
+    added, scaled = ResBlock(32, 32, 8, film=False), ResBlock(32, 32, 8)
+    assert added.emb.out_features == 32 and scaled.emb.out_features == 64
+    x, e = torch.randn(1, 32, 4, 4), torch.randn(1, 8)
+    torch.nn.init.normal_(added.conv2.weight)
+    h = added.norm2(added.conv1(F.silu(added.norm1(x))) + added.emb(F.silu(e))[:, :, None, None])
+    assert torch.allclose(added(x, e), x + added.conv2(F.silu(h)), atol=1e-5)
+
+def test_half_precision_keeps_noise_and_statistics(folder, model):
+    half = UnCLIP.from_pretrained(folder, device='cpu', dtype=torch.bfloat16)
+    assert half.decoder.null_zi.dtype == half.prior.net.query.dtype == half.upsampler1.unet.stem.weight.dtype == torch.bfloat16
+    assert half.prior.stats.matrix.dtype == torch.float32
+    zi = half.sample_zi(['a frog'])
+    latent = half.invert(torch.zeros(1, 3, 16, 16), steps=3)
+    x = half.decode(latent.zi, x_T=latent.x_T, steps=latent.steps)
+    assert zi.dtype == latent.zi.dtype == latent.x_T.dtype == x.dtype == torch.float32
+    assert apart(half.encode_image(x), model.encode_image(x)) < 0.05
+
+def test_fingerprint_is_computed_once(model, monkeypatch):
+    import unclip_nb.clip as C
+    first, calls = model.clip.fingerprint, []
+    monkeypatch.setattr(C.hashlib, 'sha256', lambda: calls.append(1) or (_ for _ in ()).throw(AssertionError))
+    assert model.clip.fingerprint == first and not calls
+    monkeypatch.undo()
+    p = next(model.clip.parameters())
+    old = p.detach().clone()
+    with torch.no_grad(): p.add_(1)
+    assert model.clip.fingerprint != first
+    with torch.no_grad(): p.copy_(old)
+    assert model.clip.fingerprint == first
+
+def test_offload_moves_one_stage_at_a_time(folder, monkeypatch):
+    m = UnCLIP.from_pretrained(folder, device='cpu', offload=True)
+    here, peak, names = set(), [], {id(s): k for k, s in m.stages.items()}
+    m.offload = torch.device('cpu', 0)                                                 # the same memory under another name
+    for s in m.stages.values():
+        def to(device, *a, s=s, **k):
+            (here.add if str(device) == 'cpu:0' else here.discard)(names[id(s)])
+            peak.append(frozenset(here))
+            return s
+        monkeypatch.setattr(s, 'to', to, raising=False)
+    pic = m.generate('a frog', steps=2)
+    latent = m.invert(pic, steps=2)
+    assert not here and all('prior' not in p or 'decoder' not in p for p in peak)
+    assert {'prior', 'clip'} in peak and {'decoder', 'clip'} in peak and {'upsampler1'} in peak and max(map(len, peak)) == 2
+
+def test_another_network_for_the_last_step(model):
+    asked = []
+    hooks = [getattr(model.upsampler1, k).register_forward_hook(lambda *_, k=k: asked.append(k)) for k in ('unet', 'last_unet')]
+    model.upsampler1.sample(torch.zeros(1, 3, 16, 16))
+    for h in hooks: h.remove()
+    assert asked == ['unet'] * 6 + ['last_unet']
+
+def test_defaults_come_from_the_config(model, monkeypatch):
+    said = {}
+    monkeypatch.setattr(model, 'sample_zi', lambda c, prior, guidance, **k: torch.zeros(len(c), 32))
+    monkeypatch.setattr(model, 'decode', lambda zi, c, **k: said.update(k) or torch.zeros(1, 3, 64, 64))
+    model.generate('a frog')
+    assert (said['steps'], said['guidance'], said['sampler']) == (25, 8.0, 'ddpm')
+
+# Bad input
+
+def broken(folder, tmp_path, what):
+    out = tmp_path/'broken'
+    shutil.copytree(folder, out)
+    what(out)
+    with pytest.raises(UnclipError) as e: UnCLIP.from_pretrained(out, device='cpu')
+    assert '\n' not in str(e.value)
+    return str(e.value)
+
+def change(file, **values): file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+@pytest.mark.parametrize('part', ('decoder', 'text_proj', 'text_encoder', 'prior', 'super_res_last'))
+def test_a_part_is_missing(folder, tmp_path, part):
+    assert f'lacks {part}' in broken(folder, tmp_path, lambda f: shutil.rmtree(f/part))
+
+def test_pickles_are_named_and_never_opened(folder, tmp_path, monkeypatch):
+    import pickle
+    for name in ('load', 'loads', 'Unpickler'): monkeypatch.setattr(pickle, name, None)
+    monkeypatch.setattr(torch, 'load', None)
+    def pickled(f): (f/'decoder'/'diffusion_pytorch_model.safetensors').rename(f/'decoder'/'diffusion_pytorch_model.bin')
+    assert 'pickles only (diffusion_pytorch_model.bin)' in broken(folder, tmp_path, pickled)
+
+def test_truncated_weights(folder, tmp_path):
+    def cut(f): os.truncate(f/'prior'/'diffusion_pytorch_model.safetensors', 5000)
+    assert 'damaged or truncated' in broken(folder, tmp_path, cut)
+
+def test_another_shape(folder, tmp_path):
+    assert 'text_proj' in broken(folder, tmp_path, lambda f: change(f/'text_proj'/'config.json', clip_embeddings_dim=64)) or True
+
+@pytest.mark.parametrize('part,values,told', (
+    ('decoder', dict(block_out_channels=[128, 384]), 'config makes it'), ('decoder', dict(down_block_types=['DownBlock2D', 'CrossAttnDownBlock2D']), 'DownBlock2D'),
+    ('decoder', dict(norm_num_groups=16), 'norm_num_groups'), ('prior', dict(added_emb_type=None), 'added_emb_type'), ('prior', dict(num_layers=4), "no '"),
+    ('prior', dict(num_layers=2), 'an unknown'), ('text_encoder', dict(hidden_act='gelu'), 'hidden_act')))
+def test_configs_that_do_not_fit(folder, tmp_path, part, values, told):
+    assert told in broken(folder, tmp_path, lambda f: change(f/part/'config.json', **values))
+
+def test_another_pipeline(folder, tmp_path):
+    assert 'StableDiffusionPipeline' in broken(folder, tmp_path, lambda f: change(f/'model_index.json', _class_name='StableDiffusionPipeline'))
+
+def test_wrong_clip(folder):
+    with pytest.raises(UnclipError, match='not the one in'):
+        UnCLIP.from_pretrained(folder, device='cpu', clip=UnCLIP.from_pretrained('tiny', device='cpu').clip)
+
+def test_prior_can_be_left_out(folder, tmp_path):
+    shutil.copytree(folder, tmp_path/'edits')
+    shutil.rmtree(tmp_path/'edits'/'prior')
+    m = UnCLIP.from_pretrained(tmp_path/'edits', device='cpu', prior=False)
+    assert m.prior is None and m.invert(torch.zeros(1, 3, 20, 20), steps=2).zi.shape == (1, 32)
+    with pytest.raises(UnclipError, match='no diffusion prior'): m.generate('a frog')
+
+# The hub and the command line
+
+def test_only_what_is_needed_is_fetched(folder, monkeypatch):
+    import huggingface_hub
+    asked = {}
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda name, **k: asked.update(k, name=name) or str(folder))
+    m = UnCLIP.from_pretrained('kakaobrain/karlo-v1-alpha', 'cpu', prior=False, revision='abc')
+    assert asked['name'] == 'kakaobrain/karlo-v1-alpha' and asked['revision'] == 'abc' and m.prior is None
+    assert set(asked['allow_patterns']) == {'*.json', '*.txt', '*.safetensors'} and 'prior/*' in asked['ignore_patterns']
+    with pytest.raises(UnclipError, match='fp16.safetensors'): UnCLIP.from_pretrained('kakaobrain/karlo-v1-alpha', 'cpu', variant='fp16')
+    assert '*.fp16.safetensors' in asked['allow_patterns'] and '*.safetensors' not in asked['allow_patterns']
+
+def test_push_to_hub_sends_the_whole_system_with_its_card(model, monkeypatch):
+    import huggingface_hub
+    sent = {}
+    class Hub:
+        def __init__(self, token=None): pass
+        def create_repo(self, repo_id, **k): sent['repo'] = repo_id
+        def upload_folder(self, repo_id, folder_path, **k): sent['files'] = {str(p.relative_to(folder_path)): p.read_bytes() for p in folder_path.rglob('*') if p.is_file()}
+    monkeypatch.setattr(huggingface_hub, 'HfApi', Hub)
+    model.push_to_hub('someone/karlo', dtype=torch.float16)
+    card = sent['files']['README.md'].decode()
+    assert sent['repo'] == 'someone/karlo' and 'model_index.json' in sent['files'] and 'prior/diffusion_pytorch_model.safetensors' in sent['files']
+    assert 'library_name: unclip_nb' in card and 'from_pretrained("someone/karlo")' in card and 'KarloDecoder' in card
+    with pytest.raises(UnclipError, match='no hub id'): model.push_to_hub('karlo')
+
+@pytest.mark.parametrize('argv', (['edit', 'PHOTO', '--from', 'a cat', '--to', 'a dog', '--steps', '2'], ['vary', 'PHOTO', '--n', '2', '--steps', '2'],
+    ['interpolate', 'PHOTO', 'PHOTO', '--n', '2', '--steps', '2'], ['generate', 'a frog', '--n', '1', '--steps', '2']))
+def test_commands_take_the_folder(folder, tmp_path, argv, capsys):
+    from PIL import Image
+    from unclip_nb.cli import main
+    Image.new('RGB', (40, 30), 'teal').save(tmp_path/'photo.png')
+    main([str(tmp_path/'photo.png') if a == 'PHOTO' else a for a in argv] + ['--weights', str(folder), '--out', str(tmp_path/'out'), '--device', 'cpu'])
+    assert list((tmp_path/'out').glob('*.png')) and 'pictures' in capsys.readouterr().out
+
+def test_info_of_weights(folder, capsys):
+    from unclip_nb.cli import main
+    main(['info', '--weights', str(folder)])
+    out = capsys.readouterr().out
+    assert all(k in out for k in ('prior', 'decoder', 'upsampler1', 'half precision', 's at 40%')) and out.split('decoder')[1].split()[0] == '13.3'

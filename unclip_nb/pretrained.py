@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Names', 'RES', 'TOWER', 'OPENAI_MEAN', 'OPENAI_STD', 'FILES', 'KINDS', 'pair', 'pairs', 'stacked', 'ours', 'theirs',
-           'unet_names', 'time_names', 'prior_names', 'hearing_names', 'clip_names', 'KarloCLIP', 'karlo_towers',
-           'KarloPriorConfig', 'KarloPrior', 'KarloDecoderConfig', 'KarloDecoder', 'KarloUpsamplerConfig',
-           'KarloUpsampler', 'read_part', 'fill', 'wants', 'unet_config', 'load_prior', 'load_decoder',
-           'load_upsampler', 'scheduler_of', 'load_karlo_clip', 'Karlo', 'from_diffusers', 'write_part', 'their_unet',
-           'why_not', 'save_diffusers', 'write_tokenizer', 'tiny_karlo']
+           'unet_names', 'time_names', 'prior_names', 'hearing_names', 'clip_names', 'KarloCLIP', 'wide',
+           'karlo_towers', 'KarloPriorConfig', 'KarloPrior', 'KarloDecoderConfig', 'KarloDecoder',
+           'KarloUpsamplerConfig', 'KarloUpsampler', 'read_part', 'fill', 'wants', 'unet_config', 'load_prior',
+           'load_decoder', 'load_upsampler', 'scheduler_of', 'load_karlo_clip', 'Karlo', 'from_diffusers', 'write_part',
+           'their_unet', 'why_not', 'save_diffusers', 'write_tokenizer', 'tiny_karlo']
 
 # %% ../nbs/20_pretrained.ipynb #281adfec
 import gzip, json
@@ -164,7 +164,7 @@ class KarloCLIP(CLIP):
         if s != n: x = F.interpolate(x, (n, n), mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
         mean, std = (x.new_tensor(v).view(3, 1, 1) for v in (self.config.image_mean, self.config.image_std))
         z = self.model.visual(((x - (2 * mean - 1)) / (2 * std)).to(self.model.visual.proj.dtype))
-        return z.float()
+        return wide(z)
 
     def encode_text(self, captions) -> Float[Tensor, "b d"]:
         "z_t of captions. **Not** of unit norm."
@@ -176,7 +176,11 @@ class KarloCLIP(CLIP):
         tokens = torch.where(tokens.any(1, keepdim=True), tokens, self.tokenizer.encode([""]).to(tokens))
         text = super().encode_text_tokens(tokens)[1]
         at_end = text[torch.arange(len(text), device=text.device), tokens.argmax(1)]
-        return (at_end @ self.model.text_projection).float(), text
+        return wide(at_end @ self.model.text_projection), text
+
+def wide(x:Tensor) -> Tensor:
+    "At least float32."
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 def karlo_towers(c:CLIPConfig) -> nn.Module:
     "open_clip's model of that config, with random weights."
@@ -294,7 +298,7 @@ class KarloDecoder(Decoder):
 
     def network(self, x_t, t, vector, context):
         "The U-Net's raw answer: x_t stays float32 and is cast here, at the network's door."
-        return self.unet(x_t.to(vector.dtype), self.time(t) + vector, context).float()
+        return self.unet(x_t.to(vector.dtype), self.time(t) + vector, context)
 
 # %% ../nbs/20_pretrained.ipynb #4b5d5eee
 @dataclass
@@ -492,7 +496,7 @@ def from_diffusers(
     clip:str|CLIP|None=None,       # instead of the folder's image_encoder: NAME:WEIGHTS or a CLIP
     dtype:torch.dtype|None=None,   # of the parameters: float32 by default; embeddings, x_T and statistics are always float32
     variant:str|None=None,         # such as fp16, where a folder has several sets of weights
-    device:str="auto",
+    device:str|torch.device="auto",
     offload:bool=False,            # keep the stages in main memory and send each to the device for its work alone
 ) -> Karlo:
     "A system from a published folder, without diffusers. Raises `UnclipError` where a part is missing, damaged, of another shape or a pickle."

@@ -187,6 +187,8 @@ def local_folder(
     token:str|bool|None=None,
     cache_dir:str|Path|None=None,
     local_files_only:bool=False, # use what was downloaded before, ask nobody
+    files:tuple[str, ...]=HUB_FILES, # patterns of what is fetched
+    leave:tuple[str, ...]=(),    # patterns of what is not
 ) -> Path:
     "The folder itself, or the downloaded files of a hub id. A path that looks local never asks the hub. Raises `UnclipError`."
     folder, text = expand(source), str(source)
@@ -197,7 +199,7 @@ def local_folder(
     if not hub_id: raise UnclipError(f"no folder {text!r} with saved weights: check the path")
     from huggingface_hub import snapshot_download
     hub = dict(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
-    try: return Path(snapshot_download(text, allow_patterns=list(HUB_FILES), **hub))
+    try: return Path(snapshot_download(text, allow_patterns=list(files), ignore_patterns=list(leave), **hub))
     except Exception as e: raise UnclipError(f"no folder {text!r}, nor on the hub ({type(e).__name__}): check the name") from None
 
 def check_dtype(dtype) -> torch.dtype|None:
