@@ -227,7 +227,7 @@ def narrow(
     top_p:float=1.0,        # the fewest outcomes that together have at least this probability; the others get none
 ) -> Float[Tensor, "b n"]:
     "Probabilities to draw from. Raises `UnclipError` for a negative temperature or a top_p outside (0, 1]."
-    temperature, top_p = number("temperature", temperature, low=0), number("top_p", top_p, above=0, high=1)
+    temperature, top_p = number("temperature", temperature, low=0, high=1000), number("top_p", top_p, above=0, high=1)
     if temperature == 0: return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits)
     probs = (logits / temperature).softmax(-1)
     if top_p == 1: return probs

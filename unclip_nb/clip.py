@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['clip_loss', 'gather_rows', 'ConvTower', 'CLIPConfig', 'build_towers', 'CLIP', 'similarity_sheet', 'retrieval_at_k',
-           'zero_shot', 'embed', 'load_clip']
+           'zero_shot', 'digest_of', 'embed', 'load_clip']
 
 # %% ../nbs/05_clip.ipynb #14c38378
 import hashlib, io, json, math, os, textwrap
@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from fastcore.basics import patch, patch_to
 from jaxtyping import Float, Int
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from .core import UnclipError, resize, to_pil
+from .core import UnclipError, as_images, expand, number, resize, to_pil
 from .data import OpenCLIPTokenizer, Tokenizer, import_open_clip, write_text
-from .train import Stage, writing
+from .train import Stage, load_weights, plain_names, writing
 
 # %% ../nbs/05_clip.ipynb #639365a6
 def clip_loss(
@@ -131,10 +131,6 @@ class CLIP(Stage):
         if tokenizer is not None: config = replace(config, vocab_size=tokenizer.vocab_size, context_length=tokenizer.context_length)
         super().__init__(config)
         self.tokenizer, self.model = tokenizer, model or build_towers(config)
-    def save_files(self, folder:Path):
-        if self.tokenizer is not None: self.tokenizer.save(folder)
-    def load_files(self, folder:Path):
-        if self.tokenizer is None: self.tokenizer = Tokenizer.load(folder)
     @property
     def dim(self) -> int: return self.config.embed_dim
     @property
@@ -146,16 +142,26 @@ class CLIP(Stage):
 
 # %% ../nbs/05_clip.ipynb #828f0382
 @patch
-def encode_image(self:CLIP,
-    images:Float[Tensor, "b 3 h w"], # pictures in [-1, 1], of any size; of an oblong one the middle square is seen
-) -> Float[Tensor, "b d"]:
-    "z_i: the pictures' embeddings, unit norm."
-    h, w = images.shape[-2:]
+def image_features(self:CLIP, x:Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+    "`encode_image` of pictures that are known to be right, such as a data set's: nothing is checked."
+    h, w = x.shape[-2:]
     s = min(h, w)
-    x = images[..., (h - s) // 2:(h + s) // 2, (w - s) // 2:(w + s) // 2].to(self.device)
+    x = x[..., (h - s) // 2:(h + s) // 2, (w - s) // 2:(w + s) // 2].to(self.device)
     mean, std = (x.new_tensor(v).view(3, 1, 1) for v in (self.config.image_mean, self.config.image_std))
     x = (resize(x, self.config.image_size) - (2 * mean - 1)) / (2 * std)     # from [-1, 1] to what the tower was trained on
-    return F.normalize(self.model.visual(x), dim=-1)
+    return self.unit_norm(self.model.visual(x.to(self.model.logit_scale.dtype)))
+
+@patch
+def unit_norm(self:CLIP, x:Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
+    "Rows of length 1, in float32 where the towers compute in half precision."
+    return F.normalize(x.float() if self.model.logit_scale.dtype != torch.float32 else x, dim=-1)
+
+@patch
+def encode_image(self:CLIP,
+    images, # of any size, one of what `as_images` takes; of an oblong one the middle square is seen
+) -> Float[Tensor, "b d"]:
+    "z_i: the pictures' embeddings, unit norm. Raises `UnclipError` for what is no picture."
+    return self.image_features(as_images(images))
 
 # %% ../nbs/05_clip.ipynb #18a3b730
 @patch
@@ -163,13 +169,18 @@ def tokens_of(self:CLIP, captions:Int[Tensor, "b n"]|Sequence[str]) -> Int[Tenso
     "Captions as tokens on this CLIP's device; tokens stay what they are."
     if not torch.is_tensor(captions):
         if self.tokenizer is None: raise UnclipError("this clip has no tokenizer: give it tokens, or build it with CLIP(config, tokenizer)")
-        captions = self.tokenizer.encode([captions] if isinstance(captions, str) else list(captions))
-    return captions.to(self.device)
+        captions = [captions] if isinstance(captions, str) else captions
+        if not isinstance(captions, (list, tuple)) or not all(isinstance(c, str) for c in captions):
+            raise UnclipError("captions must be a text or a list of texts, or tokens (b, n)")
+        captions = self.tokenizer.encode(captions)
+    if captions.ndim != 2 or captions.is_floating_point() or captions.shape[1] > self.context_length:
+        raise UnclipError(f"tokens must be whole numbers (b, n), at most {self.context_length} a row, not {tuple(captions.shape)} of {captions.dtype}")
+    return captions.to(self.device, torch.long)
 
 @patch
 def encode_text(self:CLIP, captions:Int[Tensor, "b n"]|Sequence[str]) -> Float[Tensor, "b d"]:
     "z_t: the captions' embeddings, unit norm."
-    return F.normalize(self.model.encode_text(self.tokens_of(captions)), dim=-1)
+    return self.unit_norm(self.model.encode_text(self.tokens_of(captions)))
 
 # %% ../nbs/05_clip.ipynb #87fa6cce
 @patch
@@ -182,10 +193,11 @@ def encode_text_tokens(self:CLIP,
     if not hasattr(tower, "ln_final") or getattr(tower, "pool_type", getattr(tower, "text_pool_type", "")) != "argmax":
         raise UnclipError(f"the text tower of {self.config.open_clip} is not read at its end token: choose one such as ViT-B-32, ViT-L-14 or ViT-H-14")
     x = tower.token_embedding(tokens) + tower.positional_embedding[:n]
-    x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask[:n, :n]))
+    x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask[:n, :n].to(x.dtype)))
     end, proj = tokens.argmax(1), tower.text_projection                      # the end token has the highest id
     at_end = x[torch.arange(len(x), device=x.device), end]
-    zt = F.normalize(proj(at_end) if isinstance(proj, nn.Module) else at_end @ proj, dim=-1)
+    zt = self.unit_norm(proj(at_end) if isinstance(proj, nn.Module) else at_end @ proj)
+    x = x if self.model.logit_scale.dtype == torch.float32 else x.float()
     return zt, x * (torch.arange(n, device=x.device) <= end[:, None])[..., None]
 
 # %% ../nbs/05_clip.ipynb #2736ef2b
@@ -193,7 +205,7 @@ def encode_text_tokens(self:CLIP,
 def loss(self:CLIP, batch:dict, generator=None) -> Float[Tensor, ""]:
     "`clip_loss` of a batch with `image` and `tokens` (or `caption`), over the rows of every process."
     with torch.no_grad(): self.model.logit_scale.clamp_(max=math.log(100))
-    zi, zt = self.encode_image(batch["image"]), self.encode_text(batch["tokens"] if "tokens" in batch else batch["caption"])
+    zi, zt = self.image_features(batch["image"]), self.encode_text(batch["tokens"] if "tokens" in batch else batch["caption"])
     return clip_loss(gather_rows(zi), gather_rows(zt), self.model.logit_scale.exp())
 
 @patch
@@ -202,7 +214,7 @@ def embed_batch(self:CLIP, batch:dict) -> dict:
     "The batch with `zi`, `zt`, `text` and `tokens` added, without gradients: what a prior or a decoder trains on."
     tokens = self.tokens_of(batch["tokens"] if "tokens" in batch else batch["caption"])
     zt, text = self.encode_text_tokens(tokens)
-    return {**batch, "tokens": tokens, "zi": self.encode_image(batch["image"]), "zt": zt, "text": text}
+    return {**batch, "tokens": tokens, "zi": self.image_features(batch["image"]), "zt": zt, "text": text}
 
 # %% ../nbs/05_clip.ipynb #ff13309f
 def similarity_sheet(
@@ -234,6 +246,8 @@ def retrieval_at_k(
     k:int=1,
 ) -> tuple[float, float]:
     "R@k: how often a picture's own caption is among its k nearest captions, and a caption's own picture among its k nearest pictures."
+    k = number("k", k, low=1, whole=True)
+    if zi.ndim != 2 or zi.shape != zt.shape: raise UnclipError(f"embeddings of shapes {tuple(zi.shape)} and {tuple(zt.shape)}: give (n, d) twice")
     sims = zi @ zt.T
     own = sims.diagonal()[:, None]
     return tuple(((s > own).sum(1) < k).float().mean().item() for s in (sims, sims.T))
@@ -249,18 +263,49 @@ def zero_shot(
     return (clip.scale * clip.encode_image(images) @ clip.encode_text(prompts).T).softmax(-1)
 
 # %% ../nbs/05_clip.ipynb #7d7f85b8
-@patch(as_prop=True)
-def fingerprint(self:CLIP) -> str:
-    "Twelve hex digits of the weights, rounded to half precision: the same before and after saving. Computed anew only where they changed."
-    state = sorted(self.state_dict().items())
-    now = [(name, x.data_ptr(), x._version, x.dtype) for name, x in state]
-    if getattr(self, "_fingerprint", (None,))[0] == now: return self._fingerprint[1]
+def digest_of(tensors:dict[str, Tensor]) -> str:
+    "Twelve hex digits of weights, rounded to half precision."
     h = hashlib.sha256()
-    for name, x in state:
+    for name, x in sorted(plain_names(tensors).items()):
         h.update(f"{name}{tuple(x.shape)}".encode())
         h.update(x.detach().half().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    self._fingerprint = now, h.hexdigest()[:12]
-    return self._fingerprint[1]
+    return h.hexdigest()[:12]
+
+@patch(as_prop=True)
+def fingerprint(self:CLIP) -> str:
+    """Which CLIP this is, in twelve hex digits: `digest_of` its weights, the same before and after saving.
+    A copy in bfloat16 has other digits, and remembers whose copy it is (copy_of.json)."""
+    state = tuple((x.data_ptr(), -1 if x.is_inference() else x._version, x.dtype) for x in self.state_dict().values())
+    if self.__dict__.get("_digest", (None,))[0] != state: self.__dict__["_digest"] = state, digest_of(self.state_dict())
+    own = self.__dict__["_digest"][1]
+    return self.__dict__.get("_copy_of", {}).get(own, own)
+
+@patch
+def save_files(self:CLIP, folder:Path):
+    "Beside the weights: the tokenizer, and whose rounded copy they are."
+    if self.tokenizer is not None: self.tokenizer.save(folder)
+    saved, own = digest_of(load_file(folder/"model.safetensors")), self.fingerprint
+    if saved != own: write_text(folder/"copy_of.json", json.dumps({saved: own}))
+
+@patch
+def _apply(self:CLIP, fn, recurse=True):
+    "In another precision it is a copy of the CLIP that it was."
+    scale = self.model.logit_scale
+    rounds = not scale.is_meta and fn(torch.zeros((), dtype=scale.dtype)).dtype != scale.dtype
+    name = self.fingerprint if rounds else None
+    super(CLIP, self)._apply(fn, recurse)
+    if rounds: self.__dict__.setdefault("_copy_of", {})[digest_of(self.state_dict())] = name
+    return self
+
+@patch
+def load_files(self:CLIP, folder:Path):
+    "Read the tokenizer, and whose rounded copy these weights are."
+    if self.tokenizer is None: self.tokenizer = Tokenizer.load(folder)
+    file = folder/"copy_of.json"
+    try: found = json.loads(file.read_text()) if file.exists() else {}
+    except (OSError, ValueError): found = None
+    if not isinstance(found, dict): raise UnclipError(f"{file} is damaged: copy it again")
+    self.__dict__["_copy_of"] = found
 
 # %% ../nbs/05_clip.ipynb #9231b205
 def embed(
@@ -323,7 +368,7 @@ def load_clip(
     device="cpu",  # where it shall live
 ) -> CLIP:
     "The CLIP behind `--clip NAME|FILE`. Raises `UnclipError` where there is none."
-    path = Path(name)
+    path = expand(name)
     if path.suffix == ".safetensors" and path.is_file(): path = path.parent
     model, _, weights = str(name).partition(":")
     if path.is_dir() or "/" in model: return CLIP.from_pretrained(path).to(device)

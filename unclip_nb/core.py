@@ -312,6 +312,7 @@ def data_path(
     name:str="", # a file or folder among the shipped data, such as "tiny"; all of it by default
 ) -> Path:
     "Where shipped data lies: inside the installed package, or in `data/` of a checkout. Raises `UnclipError` where absent."
+    if not isinstance(name, (str, Path)): raise UnclipError(f"{name!r} is no name of shipped data: give a text, such as 'tiny'")
     here = Path(__file__).parent
     home = here / "shipped" if (here / "shipped").is_dir() else here.parent / "data"
     if (home / name).exists(): return home / name

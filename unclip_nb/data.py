@@ -32,6 +32,11 @@ class Tokenizer:
         self.bpe = bpe; bpe.encode_special_tokens = True    # "<end>" typed by a user is five characters, not the end
         self.vocab_size, self.context_length, self.end_id = bpe.get_vocab_size(), bpe.truncation["max_length"], bpe.token_to_id("<end>")
 
+    def __getstate__(self) -> str: return self.bpe.to_str()     # a copy is built anew: the library's own loses a flag
+    def __setstate__(self, text:str):
+        from tokenizers import Tokenizer as BPE
+        self.__init__(BPE.from_str(text))
+
     @classmethod
     def train(cls,
         captions:Iterable[str], # what the merges are learned from; a few thousand are enough

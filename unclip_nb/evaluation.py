@@ -13,15 +13,17 @@ from typing import Callable, Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from .core import UnclipError, generator, resize
+from .core import UnclipError, as_images, choice, generator, number, resize
 from .data import ShapesData
 from .diffusion_prior import compare_priors, linear_prior, nearest_prior
-from .pipeline import PRIORS, UnCLIP
+from .pipeline import PRIORS, UnCLIP, check_captions
 from .shapes import caption, matches, parse_caption, read_scene, render, scene_at, scene_for
 
 # %% ../nbs/18_evaluation.ipynb #c7533d6f
 def wilson(right:int, asked:int, z:float=1.96) -> tuple[float, float]:
     "Wilson's 95 % confidence interval for a share; (0, 1) where nothing was asked."
+    asked, z = number("asked", asked, low=0, whole=True), number("z", z, low=0, high=100)
+    right = number("right", right, low=0, high=asked, whole=True)
     if asked == 0: return 0.0, 1.0
     p, n = right / asked, asked
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -47,13 +49,14 @@ class Marks:
 
 # %% ../nbs/18_evaluation.ipynb #cb016dde
 def judge(
-    images:Float[Tensor, "n 3 h w"], # pictures in [-1, 1]
+    images,                          # pictures, see `as_images`
     captions:Sequence[str],          # one each, of the shapes world
 ) -> Marks:
     "Marks for pictures by what their captions ask, read without learned weights. Raises `UnclipError` for captions of another world."
-    marks = Marks()
+    marks, images, captions = Marks(), as_images(images), check_captions(captions)
+    if len(images) != len(captions): raise UnclipError(f"{len(captions)} captions for {len(images)} pictures: give one each")
     for image, text in zip(images, captions, strict=True):
-        for attribute, verdict in matches(parse_caption(text), read_scene(image.float().cpu(), strict=False)).items():
+        for attribute, verdict in matches(parse_caption(text), read_scene(image.cpu(), strict=False)).items():
             if verdict is None: continue
             marks.asked[attribute] += 1; marks.right[attribute] += bool(verdict)
     return marks
@@ -66,7 +69,8 @@ def exam(
     n:int,           # how many
 ) -> tuple[list, list[str]]:
     "The first n scenes of a kind, with captions that leave nothing out. Raises `UnclipError` for an unknown kind."
-    if kind not in KINDS: raise UnclipError(f"unknown kind {kind!r}: use {', '.join(KINDS)}")
+    choice("kind", kind, KINDS)
+    n = number("n", n, low=1, high=1_000_000, whole=True)
     (split, objects), scenes, i = KINDS[kind], [], 0
     while len(scenes) < n:
         scene = scene_at(i, split); i += 1
@@ -80,6 +84,7 @@ def zi_sources(
     fitted:int=0,   # training pictures to fit the linear map and the nearest neighbour on; 0 leaves these two out
 ) -> dict[str, Callable]:
     "Ways to an image embedding, each a function (scenes, captions, a generator per row) -> z_i (b, d)."
+    fitted = number("fitted", fitted, low=0, high=10_000_000, whole=True)
     side = model.decoder.config.image_size * (model.upsampler1.config.factor if model.upsampler1 else 1)
     def drawn(prior): return lambda scenes, captions, gens: model.sample_zi(captions, prior, generators=gens)
     found = {"true z_i": lambda scenes, captions, gens: model.encode_image(render(scenes, side))}
@@ -130,8 +135,11 @@ def take_exam(
 ) -> tuple[Marks, Float[Tensor, "n 3 h w"]]:
     "A model's marks for n captions of a kind by a route, and the pictures. Caption i's noise depends on (seed, i) only."
     from tqdm.auto import tqdm
+    number("guidance", guidance, low=-100, high=100)
+    n, seed, batch_size = number("n", n, low=1, high=1_000_000, whole=True), number("seed", seed, whole=True), number("batch_size", batch_size, low=1, whole=True)
     scenes, captions = exam(kind, n)
-    way, out = route if callable(route) else routes(model, guidance, steps, 4096 if route in ("linear map", "nearest") else 0)[route], []
+    ways = {} if callable(route) else routes(model, guidance, steps, 4096 if route in ("linear map", "nearest") else 0)
+    way, out = route if callable(route) else ways[choice("route", route, ways)], []
     for k in tqdm(range(0, n, batch_size), desc=progress if isinstance(progress, str) else kind, leave=False, disable=not progress):
         rows = range(k, min(n, k + batch_size))
         gens = {s: [generator(seed, s, i) for i in rows] for s in ("prior", "decoder", "upsampler1")}
@@ -150,6 +158,8 @@ def prior_exam(
     sources:dict[str, Callable]|None=None, # from `zi_sources` with as many fitted, where they are at hand
 ) -> dict[str, dict[str, float]]:
     "Every way to z_i (`zi_sources`) in the columns of `compare_priors`, with milliseconds a sample and the number of parameters. First row: other true pictures."
+    n, draws = number("n", n, low=1, high=1_000_000, whole=True), number("draws", draws, low=1, high=1000, whole=True)
+    fitted, seed = number("fitted", fitted, low=0, whole=True), number("seed", seed, whole=True)
     scenes = [scene_at(i, "valid") for i in range(n)]
     captions = [caption(s, generator(seed, "caption", i)) for i, s in enumerate(scenes)]
     sources, side, g = dict(sources or zi_sources(model, fitted)), model.clip.config.image_size, generator(seed, "others")
@@ -184,6 +194,7 @@ def retrieval(
     n:int=1000,          # scenes with captions that all differ
 ) -> tuple[float, float]:
     "CLIP's R@1 among n unseen scenes with full captions: picture to text, and text to picture."
+    n = number("n", n, low=1, high=20_000, whole=True)
     from unclip_nb.clip import retrieval_at_k
     scenes, seen, i = [], {}, 0
     while len(seen) < n:
@@ -204,6 +215,7 @@ def evaluate(
     sources:dict[str, Callable]|None=None, # from `zi_sources`, where they are at hand
 ) -> dict[tuple[str, str], Marks]:
     "Marks of every kind of caption by every route."
+    number("n", n, low=1, high=1_000_000, whole=True)
     ways = routes(model, guidance, steps, fitted, sources)
     return {(kind, name): take_exam(model, kind, n, way, seed=seed, progress=progress and f"{kind}, {name}")[0] for kind in KINDS for name, way in ways.items()}
 

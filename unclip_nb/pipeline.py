@@ -302,7 +302,8 @@ def decode(
     if captions is not None: captions = check_captions(captions, empty=True)
     if captions is not None and len(captions) != len(zi): raise UnclipError(f"{len(captions)} captions for {len(zi)} embeddings: give one each")
     if not isinstance(generators, dict | None): raise UnclipError("generators must be a dict: a list of generators for each stage")
-    for k in ups: check_steps(getattr(self, k).config.T, up_steps)             # refuse before the work, not after
+    for k in ups:                                                              # refuse before the work, not after
+        if up_steps is not None: check_steps(getattr(self, k).config.T, up_steps)
     gens = {k: row_generators(seed, len(zi), k) for k in ("decoder", *ups)} | (generators or {})
     for k in ("decoder", *ups): check_generators(gens[k], len(zi))
     tokens = None if captions is None else self.clip.tokenizer.encode(captions)
@@ -423,8 +424,8 @@ def generate(
     progress:bool|str=False,
     size:int|None=None,          # side of the pictures, one of `sizes`; the first upsampler's by default
 ) -> Float[Tensor, "bn 3 h w"]:
-    """Pictures in [-1, 1] for captions, n each, caption-major. What else is in the batch changes a picture by rounding only
-    (REPLACE). Raises `UnclipError` for settings that cannot be."""
+    """Pictures in [-1, 1] for captions, n each, caption-major. What else is in the batch, and its size, changes a picture by rounding
+    only. Raises `UnclipError` for settings that cannot be."""
     usual = self.decoder.config.draw
     guidance = usual["guidance"] if guidance is None else guidance
     steps, sampler = usual["steps"] if steps is None else steps, sampler or usual["sampler"]

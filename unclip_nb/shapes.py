@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from .core import UnclipError, generator, resize
+from .core import UnclipError, as_picture, generator, resize
 
 # %% ../nbs/01_shapes.ipynb #f5211436
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "diamond")
@@ -328,10 +328,11 @@ def _read_object(piece, others, alpha, far):
 
 # %% ../nbs/01_shapes.ipynb #d30e8304
 def read_scene(
-    image:Float[Tensor, "3 h w"], # a picture in [-1, 1], 32 to 512 pixels a side
+    image,                        # a picture, see `as_images`, 32 to 512 pixels a side
     strict:bool=True,             # leave out what is not wholly of this world; else keep it, with None for the shape or colour
 ) -> Scene|None:
     "What is on a picture, by colour and outline alone; None where it shows no scene of this world."
+    image = as_picture(image)
     pixels = (resize(image[None].detach().float().cpu(), _SIDE)[0].clamp(-1, 1) + 1) * 127.5
     if (found := _background(pixels)) is None: return None
     alpha, far = unmix(pixels, found[1])
