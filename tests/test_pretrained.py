@@ -363,3 +363,42 @@ def test_info_of_weights(folder, capsys):
     main(['info', '--weights', str(folder)])
     out = capsys.readouterr().out
     assert all(k in out for k in ('prior', 'decoder', 'upsampler1', 'half precision', 's at 40%')) and out.split('decoder')[1].split()[0] == '13.3'
+
+# Kandinsky 2.2
+
+@torch.no_grad()
+def test_kandinsky_unet_equals_diffusers(tmp_path):
+    mend_torchvision()
+    from diffusers import UNet2DConditionModel
+    from unclip_nb.pretrained import load_kandinsky_unet
+    torch.manual_seed(0)
+    other = UNet2DConditionModel(sample_size=16, in_channels=4, out_channels=8, block_out_channels=(128, 256), layers_per_block=1, attention_head_dim=16,
+        down_block_types=('ResnetDownsampleBlock2D', 'SimpleCrossAttnDownBlock2D'), up_block_types=('SimpleCrossAttnUpBlock2D', 'ResnetUpsampleBlock2D'),
+        mid_block_type='UNetMidBlock2DSimpleCrossAttn', cross_attention_dim=48, encoder_hid_dim=40, encoder_hid_dim_type='image_proj',
+        addition_embed_type='image', resnet_time_scale_shift='scale_shift')
+    for p in other.parameters():
+        if p.ndim == 1 or not p.any(): p.add_(0.1 * torch.randn(p.shape))
+    other.save_pretrained(tmp_path/'unet')
+    net = load_kandinsky_unet(tmp_path)
+    x, z, t = torch.randn(2, 4, 16, 16), torch.randn(2, 40), torch.full((2,), 400)
+    want = other(sample=x, timestep=t[0], encoder_hidden_states=None, added_cond_kwargs={'image_embeds': z}).sample
+    assert apart(net(x, t, z), want) < 1e-5
+
+@torch.no_grad()
+def test_kandinsky_prior_is_karlos_class(tmp_path, model):
+    "Another width of embeddings, limit 10, and the scheduler under another name"
+    from diffusers import PriorTransformer
+    from unclip_nb.pretrained import load_prior
+    torch.manual_seed(0)
+    other = PriorTransformer(num_attention_heads=2, attention_head_dim=16, num_layers=2, embedding_dim=40, num_embeddings=77, additional_embeddings=4)
+    for p in other.parameters(): p.add_(0.1 * torch.randn(p.shape))
+    other.clip_std.copy_(1 + torch.rand(1, 40))
+    other.save_pretrained(tmp_path/'prior')
+    (tmp_path/'scheduler').mkdir()
+    (tmp_path/'scheduler'/'scheduler_config.json').write_text(json.dumps(dict(prediction_type='sample', variance_type='fixed_small_log', clip_sample_range=10.0)))
+    prior = load_prior(tmp_path, model.clip, scheduler='scheduler')
+    text, zt, x = torch.randn(2, 77, 40), torch.randn(2, 40), torch.randn(2, 40)
+    text[:, 9:] = 0
+    want = other(x, timestep=torch.tensor(300), proj_embedding=zt, encoder_hidden_states=text, attention_mask=text.any(-1)).predicted_image_embedding
+    assert prior.config.limit == 10 and apart(prior.net(text, zt, x, torch.full((2,), 300)), want) < 1e-5
+    assert apart(prior.stats.inverse(x), other.post_process_latents(x)) < 1e-5

@@ -179,7 +179,7 @@ def denoiser(self:Decoder, zi:Float[Tensor, "b d"]|None, tokens:Int[Tensor, "b n
 # %% ../nbs/11_decoder.ipynb #4af29fb9
 @patch
 @torch.no_grad()
-def sample(self:Decoder, zi:Float[Tensor, "b d"]|None, tokens:Int[Tensor, "b n"]|None=None, guidance:float=2.0, steps:int=50,
+def sample(self:Decoder, zi:Float[Tensor, "b d"]|None, tokens:Int[Tensor, "b n"]|None=None, guidance:float=2.0, steps:Steps=50,
            generator:Generators=None, x_T:Tensor|None=None, eta:float=0.0, sampler:str="ddim", progress:bool=False) -> Float[Tensor, "b 3 s s"]:
     "Draw pictures in [-1, 1] for z_i, captions, or both. `sampler`: ddim, ddpm (the paper's, with the learned variance) or dpm (DPM-Solver++, fewer steps). Raises `UnclipError` for others."
     choice("sampler for the decoder", sampler, ("ddim", "ddpm", "dpm"))

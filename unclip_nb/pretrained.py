@@ -8,7 +8,8 @@ __all__ = ['Names', 'RES', 'TOWER', 'OPENAI_MEAN', 'OPENAI_STD', 'FILES', 'KINDS
            'karlo_towers', 'KarloPriorConfig', 'KarloPrior', 'KarloDecoderConfig', 'KarloDecoder',
            'KarloUpsamplerConfig', 'KarloUpsampler', 'read_part', 'fill', 'wants', 'unet_config', 'load_prior',
            'load_decoder', 'load_upsampler', 'scheduler_of', 'load_karlo_clip', 'Karlo', 'from_diffusers', 'write_part',
-           'their_unet', 'why_not', 'save_diffusers', 'write_tokenizer', 'tiny_karlo']
+           'their_unet', 'why_not', 'save_diffusers', 'write_tokenizer', 'tiny_karlo', 'KandinskyUNet',
+           'load_kandinsky_unet']
 
 # %% ../nbs/20_pretrained.ipynb #281adfec
 import gzip, json
@@ -404,16 +405,16 @@ def unet_config(config:dict, part:str, size:int|None=None) -> UNetConfig:
         context_width=config.get("cross_attention_dim") or 0 if any(attends) else 0, film=config.get("resnet_time_scale_shift") == "scale_shift")
 
 # %% ../nbs/20_pretrained.ipynb #101e0fd5
-def load_prior(folder, reader:CLIP, dtype=None, variant=None) -> KarloPrior:
+def load_prior(folder, reader:CLIP, dtype=None, variant=None, scheduler:str="prior_scheduler") -> KarloPrior:
     "The prior of a published folder: PriorTransformer, with its scheduler's limit. Raises `UnclipError` for another kind."
     c, theirs = read_part(folder, "prior", variant)
     wants(c, "prior", additional_embeddings=(4,), added_emb_type=("prd",), encoder_hid_proj_type=("linear",), time_embed_act_fn=("silu",),
           norm_in_type=(None,), embedding_proj_norm_type=(None,), time_embed_dim=(None,), embedding_proj_dim=(None,), clip_embed_dim=(None,))
-    scheduler = scheduler_of(folder, "prior_scheduler", prediction_type=("sample",), variance_type=("fixed_small_log",))
+    noise = scheduler_of(folder, scheduler, prediction_type=("sample",), variance_type=("fixed_small_log",))
     heads, d, n = c["num_attention_heads"], c["embedding_dim"], c["num_embeddings"]
     theirs = {k: v[0] if k == "positional_embedding" else v.flatten() if k in ("prd_embedding", "clip_mean", "clip_std") else v for k, v in theirs.items()}
     config = KarloPriorConfig(clip_dim=d, text_width=d, context_length=n, width=heads * c["attention_head_dim"], layers=c["num_layers"], heads=heads,
-        limit=scheduler.get("clip_sample_range", 5.0), clip_fingerprint=reader.fingerprint)
+        limit=noise.get("clip_sample_range", 5.0), clip_fingerprint=reader.fingerprint)
     where = Path(folder)/"prior"
     names = prior_names(config.layers) | {"stats.mean": "clip_mean", "stats.matrix": "clip_std"}
     own = ours(names, theirs, where)
@@ -631,3 +632,30 @@ def tiny_karlo(seed:int=0) -> Karlo:
             prior.stats.matrix.copy_(torch.diag(1 / (0.5 + torch.rand(32))))
         for stage in (prior, decoder): stage.config.clip_fingerprint = clip.fingerprint
         return Karlo(clip, prior, decoder, up)
+
+# %% ../nbs/20_pretrained.ipynb #c41ad011
+class KandinskyUNet(nn.Module):
+    "Kandinsky 2.2's decoder in latents: our U-Net with z_i in the time embedding and as tokens."
+    def __init__(self, config:UNetConfig, zi_dim:int=1280, tokens:int=32):
+        super().__init__()
+        self.config, width = config, config.emb_width
+        self.unet, self.time = UNet(config), TimeEmbedding(config.channels, width)
+        self.zi_to_time, self.time_norm = nn.Linear(zi_dim, width), nn.LayerNorm(width)
+        self.zi_to_tokens, self.tokens_norm = nn.Linear(zi_dim, tokens * config.context_width), nn.LayerNorm(config.context_width)
+
+    def forward(self, x_t:Float[Tensor, "b c h w"], t:Int[Tensor, "b"], zi:Float[Tensor, "b d"]) -> Float[Tensor, "b c2 h w"]:
+        "The noise in x_t and its variance, twice the channels."
+        tokens = self.tokens_norm(rearrange(self.zi_to_tokens(zi), "b (k w) -> b k w", w=self.config.context_width))
+        return self.unet(x_t, self.time(t) + self.time_norm(self.zi_to_time(zi)), tokens)
+
+def load_kandinsky_unet(folder:str|Path, part:str="unet", dtype:torch.dtype|None=None, variant:str|None=None) -> KandinskyUNet:
+    "The U-Net of a Kandinsky 2.2 decoder's folder. Raises `UnclipError` for another kind."
+    c, theirs = read_part(folder, part, variant)
+    wants(c, part, encoder_hid_dim_type=("image_proj",), addition_embed_type=("image",), class_embed_type=(None,))
+    u, rows = unet_config(c, part), theirs["encoder_hid_proj.image_embeds.weight"].shape
+    names = {f"unet.{k}": v for k, v in unet_names(u).items()} | time_names()
+    names |= pair("zi_to_time", "add_embedding.image_proj") | pair("time_norm", "add_embedding.image_norm")
+    names |= pair("zi_to_tokens", "encoder_hid_proj.image_embeds") | pair("tokens_norm", "encoder_hid_proj.norm")
+    with torch.device("meta"): net = KandinskyUNet(u, rows[1], rows[0] // u.context_width)
+    load_weights(net, {k: v.to(dtype or torch.float32) for k, v in ours(names, theirs, Path(folder)/part).items()}, folder, assign=True)
+    return net.eval().requires_grad_(False)
