@@ -97,21 +97,27 @@ def test_timesteps_equal_diffusers(pipe, n):
     assert pipe.decoder_scheduler.timesteps.tolist() == respace(1000, n)
 
 @torch.no_grad()
-def test_whole_text_to_image_equals_diffusers(model, pipe):
-    "Same noise, one schedule for both: diffusers' own is float32, where its last step shrinks the picture by 0.05 %"
+def test_whole_text_to_image_equals_diffusers(model, pipe, monkeypatch):
+    "Same noise, in float64, one schedule for both: diffusers' own is float32, where its last step shrinks the picture by 0.05 %"
     import copy
-    pipe = copy.deepcopy(pipe)
+    import unclip_nb.decoder, unclip_nb.diffusion, unclip_nb.pretrained
+    pipe, ours = copy.deepcopy(pipe), copy.deepcopy(model).double()
+    for s in (ours.prior, ours.decoder): object.__setattr__(s, 'reader', ours.clip)
+    ours.prior.stats.mean, ours.prior.stats.matrix = ours.prior.stats.mean.double(), ours.prior.stats.matrix.double()
+    for part in ('prior', 'decoder', 'text_proj', 'text_encoder', 'super_res_first', 'super_res_last'): getattr(pipe, part).double()
     for s in (pipe.prior_scheduler, pipe.decoder_scheduler, pipe.super_res_scheduler):
         s.betas, s.alphas_cumprod = model.decoder.schedule.betas, model.decoder.schedule.abar
         s.alphas = 1 - s.betas
     want = pipe(CAPTIONS, generator=torch.Generator().manual_seed(5), output_type='np', prior_num_inference_steps=5, decoder_num_inference_steps=5).images
+    double = lambda shape, generator=None, device=None: torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
+    for module in (unclip_nb.diffusion, unclip_nb.pretrained, unclip_nb.decoder): monkeypatch.setattr(module, 'randn', double)
     g = torch.Generator().manual_seed(5)
-    tokens = model.clip.tokenizer.encode(CAPTIONS)
-    zt, text = model.clip.encode_text_tokens(tokens)
-    z = model.prior.sample(text, zt, 5, generator=g)
-    x = model.decoder.sample(z, tokens, 8.0, 5, g, sampler='ddpm')
-    y = model.upsampler1.sample(x, generator=g)
-    assert apart(y, torch.from_numpy(want).permute(0, 3, 1, 2) * 2 - 1) < 1e-4
+    tokens = ours.clip.tokenizer.encode(CAPTIONS)
+    zt, text = ours.clip.encode_text_tokens(tokens)
+    z = ours.prior.sample(text.double(), zt, 5, generator=g)
+    x = ours.decoder.sample(z.double(), tokens, 8.0, 5, g, sampler='ddpm')
+    y = ours.upsampler1.sample(x, generator=g)
+    assert apart(y, torch.from_numpy(want).permute(0, 3, 1, 2) * 2 - 1) < 5e-4          # captions pass through float32 once, and guidance 8 enlarges it
 
 # Names and shapes
 

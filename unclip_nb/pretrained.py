@@ -177,7 +177,8 @@ class KarloCLIP(CLIP):
         tokens = torch.where(tokens.any(1, keepdim=True), tokens, self.tokenizer.encode([""]).to(tokens))
         text = super().encode_text_tokens(tokens)[1]
         at_end = text[torch.arange(len(text), device=text.device), tokens.argmax(1)]
-        return wide(at_end @ self.model.text_projection), text
+        proj = self.model.text_projection
+        return wide(at_end.to(proj.dtype) @ proj), text
 
 def wide(x:Tensor) -> Tensor:
     "At least float32."
@@ -223,11 +224,10 @@ class KarloPrior(DiffusionPrior):
 
     def denoiser(self, text, zt, guidance:float=1.0, draws:int=1, cache:bool=True):
         "`DiffusionPrior.denoiser` with the guess held within the config's limit."
-        dtype = self.net.out.weight.dtype
-        inner, limit = super().denoiser(text.to(dtype), zt.to(dtype), guidance, draws, cache), self.config.limit
+        text, zt = (x.to(self.net.query.dtype) for x in (text, zt))
+        inner, limit = super().denoiser(text, zt, guidance, draws, cache), self.config.limit
         def denoise(x_t, t):
-            x0 = inner(x_t.to(dtype), t).x0.to(x_t.dtype)
-            return predict(self.schedule, "x0", x0.clamp(-limit, limit), x_t, t)
+            return predict(self.schedule, "x0", inner(x_t, t).x0.clamp(-limit, limit), x_t, t)
         return denoise
 
     @torch.no_grad()
