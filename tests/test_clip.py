@@ -318,3 +318,11 @@ def test_config_needs_no_open_clip():
     import subprocess, sys
     code = "import sys; from unclip_nb.clip import CLIPConfig; CLIPConfig.paper(); sys.exit('open_clip' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+def test_a_copied_tokenizer_reads_marks_as_text():
+    import copy, pickle
+    from unclip_nb.core import data_path
+    from unclip_nb.data import Tokenizer
+    tokenizer = Tokenizer.load(data_path("tiny") / "clip")
+    right = tokenizer.encode(["a red <end> star"])
+    for again in (copy.deepcopy(tokenizer), pickle.loads(pickle.dumps(tokenizer))): assert torch.equal(again.encode(["a red <end> star"]), right)

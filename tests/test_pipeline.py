@@ -173,3 +173,95 @@ def test_an_ar_prior_is_another_way_to_a_picture(model, system, tmp_path):
     config = tmp_path/"other"; shutil.copytree(system, config); file = config/"ar_prior"/"config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"clip_fingerprint": "0123456789ab"}))
     with pytest.raises(UnclipError, match="ar_prior was trained with CLIP 0123456789ab"): UnCLIP.from_pretrained(str(config))
+
+def test_the_index_says_what_belongs_to_a_system(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path)
+    small = UnCLIP(tiny.clip, tiny.prior, tiny.decoder)
+    small.save_pretrained(tmp_path)
+    assert list(UnCLIP.from_pretrained(tmp_path, device="cpu").stages) == ["clip", "prior", "decoder"] and (tmp_path/"ar_prior").is_dir()
+    (tmp_path/"unclip.json").write_text("{")
+    with pytest.raises(UnclipError, match="unclip.json is damaged"): UnCLIP.from_pretrained(tmp_path, device="cpu")
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_save_load_and_draw(tiny, tmp_path, dtype):
+    import copy
+    right, other = (tiny.generate(CAPTIONS[:1], steps=3, upsample=False, seed=s) for s in (0, 1))
+    tiny.save_pretrained(tmp_path/"a", dtype=dtype)
+    loaded = UnCLIP.from_pretrained(tmp_path/"a", device="cpu")
+    cast = copy.deepcopy(tiny).to(dtype)
+    assert loaded.clip.fingerprint == cast.clip.fingerprint == tiny.clip.fingerprint
+    cast.save_pretrained(tmp_path/"b")
+    asked = UnCLIP.from_pretrained(tmp_path/"b", device="cpu", dtype=dtype)
+    assert next(asked.decoder.parameters()).dtype == dtype and asked.decoder.stats.mean.dtype == torch.float32
+    for model in (loaded, cast, asked):
+        drawn = model.generate(CAPTIONS[:1], steps=3, upsample=False)
+        assert drawn.dtype == torch.float32 and (drawn - right).abs().mean() < 0.2 * (other - right).abs().mean()
+    assert cast.invert(drawn, 3).x_T.dtype == torch.float32
+    assert cast.generate(CAPTIONS[:1], prior="ar", steps=2).isfinite().all()
+
+def test_another_default_precision_changes_nothing(tiny):
+    right = tiny.generate(CAPTIONS[:1], steps=2, upsample=False)
+    try:
+        torch.set_default_dtype(torch.float64)
+        again = UnCLIP.from_pretrained("tiny", device="cpu").generate(CAPTIONS[:1], steps=2, upsample=False)
+    finally: torch.set_default_dtype(torch.float32)
+    assert torch.equal(right, again)
+
+def test_a_compiled_system_is_saved_under_its_own_names(tiny, tmp_path):
+    import copy
+    model = copy.deepcopy(tiny)
+    model.decoder.unet, model.clip.model = torch.compile(model.decoder.unet), torch.compile(model.clip.model)
+    model.save_pretrained(tmp_path)
+    assert UnCLIP.from_pretrained(tmp_path, device="cpu").clip.fingerprint == tiny.clip.fingerprint
+
+def test_options_of_loading_and_saving_are_known_or_refused(tiny, tmp_path, monkeypatch):
+    for options, says in ((dict(torch_dtype=torch.float16), "did you mean dtype"), (dict(misspelt=1), "no option 'misspelt'"), (dict(dtype="half"), "dtype is 'half'")):
+        with pytest.raises(UnclipError, match=says): UnCLIP.from_pretrained("tiny", **options)
+        with pytest.raises(UnclipError, match=says): type(tiny.prior).from_pretrained(tmp_path, **options)
+    for save in (tiny.save_pretrained, tiny.prior.save_pretrained):
+        with pytest.raises(UnclipError, match="call push_to_hub"): save(tmp_path/"x", push_to_hub=True)
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **kw: asked.append((name, kw)) or str(tmp_path/"hub"))
+    tiny.save_pretrained(tmp_path/"hub")
+    UnCLIP.from_pretrained("someone/system", device="cpu", revision="v1", cache_dir="c", local_files_only=True, token="t")
+    assert asked == [("someone/system", dict(allow_patterns=["*.json", "*.safetensors", "*.txt"], revision="v1", token="t", cache_dir="c", local_files_only=True))]
+
+@pytest.mark.parametrize("path", ["runs/mine", "./mine/that", "../mine", "~/mine/that", "/no/where", "a/b/c"])
+def test_a_local_path_never_asks_the_hub(path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **kw: pytest.fail("asked the hub"))
+    with pytest.raises(UnclipError, match="no folder|no weights"): UnCLIP.from_pretrained(path)
+
+def test_files_of_weights_follow_the_umask_and_unreadable_ones_are_named(tiny, tmp_path, monkeypatch):
+    import os
+    before = os.umask(0o027)
+    try: tiny.prior.save_pretrained(tmp_path)
+    finally: os.umask(before)
+    assert {oct(f.stat().st_mode & 0o777) for f in tmp_path.iterdir()} == {"0o640"}
+    def refuse(*a, **kw): raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr("unclip_nb.train.load_file", refuse)
+    with pytest.raises(UnclipError, match="model.safetensors cannot be read .Permission denied"): type(tiny.prior).from_pretrained(tmp_path)
+
+def test_bytes_are_pictures_at_every_entry(tiny):
+    from PIL import Image
+    import numpy as np
+    picture = render([scene_at(3)], 64)
+    small = ((picture + 1) * 127.5).round().to(torch.uint8)
+    right = small.float() / 127.5 - 1
+    for given in (small, small[0].permute(1, 2, 0).numpy(), Image.fromarray(small[0].permute(1, 2, 0).contiguous().numpy())):
+        assert torch.equal(tiny.encode_image(given), tiny.encode_image(right))
+        assert torch.equal(tiny.invert(given, 2).x_T, tiny.invert(right, 2).x_T)
+    with pytest.raises(UnclipError, match="floats from 0 to 255"): tiny.encode_image((picture > 0) * 255.0)
+
+def test_many_large_pictures_are_shrunk_as_they_are_read(tmp_path):
+    "Peak memory of 40 photos of 1600 x 1200 (920 MB as float32) over that of one."
+    import subprocess, sys, os
+    from PIL import Image
+    Image.effect_noise((1600, 1200), 90).convert("RGB").save(tmp_path/"a.jpg")
+    code = f"""import resource
+from unclip_nb.pipeline import UnCLIP
+m = UnCLIP.from_pretrained("tiny", device="cpu")
+def peak(n): m.pictures([{str(tmp_path/'a.jpg')!r}] * n); return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(peak(1), peak(40))"""
+    r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    one, many = map(int, r.stdout.split())
+    assert many - one < 200_000, r.stdout                                     # KB

@@ -53,7 +53,7 @@ def slerp(
     wide = torch.float32 if a.device.type == "mps" else torch.float64
     x, y = (v.to(wide).flatten(1) for v in (a, b))
     omega = angle(a, b).to(x)[:, None]
-    theta = theta if isinstance(theta, Tensor) else torch.tensor(number("theta", theta, low=0, high=1))
+    theta = theta if isinstance(theta, Tensor) else torch.tensor(number("theta", theta, low=0, high=1), dtype=torch.float64)
     if theta.numel() not in (1, len(a)) or not ((theta >= 0) & (theta <= 1)).all():
         raise UnclipError(f"theta must be one number from 0 to 1, or {len(a)} of them")
     theta = theta.to(a.device, wide).reshape(-1, 1).expand(len(a), 1)
