@@ -87,7 +87,8 @@ def as_latent(
     progress:bool=False,
 ) -> Latent:
     "The latent of what a user calls a picture. Raises `UnclipError` for what is none."
-    return check_latent(model, image) if isinstance(image, Latent) else model.invert(image, steps, refine=refine, progress=progress and "inverting")
+    if isinstance(image, Latent): check_latent(model, image)
+    return image if isinstance(image, Latent) else model.invert(image, steps, refine=refine, progress=progress and "inverting")
 
 def frames(
     model:UnCLIP,
@@ -102,7 +103,7 @@ def frames(
 ) -> Iterator[Float[Tensor, "k 3 h w"]]:
     "Draw the frames of a path, a batch at a time, in order."
     path, batch_size = check_latent(model, path), number("batch_size", batch_size, low=1, whole=True)
-    seed = number("seed", seed, whole=True)
+    seed, eta, guidance = number("seed", seed, whole=True), number("eta", eta, low=0, high=1), number("guidance", guidance, low=-100, high=100)
     for k in range(0, len(path), batch_size):
         part = path[k:k + batch_size]; rows = range(len(part))
         gens = {s: [generator(seed, s, 0) for _ in rows] for s in model.upsamplers(size, upsample)} | {"decoder": [generator(seed, "decoder", k + i) for i in rows]}

@@ -341,8 +341,10 @@ def squares(self:UnCLIP,
     elif not isinstance(images, (Tensor, np.ndarray, list, tuple)):
         raise UnclipError(f"a {type(images).__name__} is no picture: give a tensor, an array, a PIL image, a path, or a list of these")
     if not len(images): raise UnclipError("no picture: give at least one")
-    ready = (_square(as_picture(x)) for x in images)
-    return [(x if side is None else resize(x[None], side)[0]).to(self.device) for x in ready]
+    if side is None: return [_square(as_picture(x)).to(self.device) for x in images]
+    small = torch.empty(len(images), 3, side, side, dtype=torch.float32)       # made first: results kept between large pictures would split the heap
+    for i, x in enumerate(images): small[i] = resize(_square(as_picture(x))[None], side)[0]
+    return list(small.to(self.device))
 
 @patch
 def pictures(self:UnCLIP,
