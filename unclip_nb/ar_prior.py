@@ -60,6 +60,12 @@ class ARPriorConfig:
     @property
     def length(self) -> int: return (self.caption_tokens or self.context_length) + 2 + self.k    # tokens in all: caption, z_t, dot product, codes
 
+# %% ../nbs/07_ar_prior.ipynb #c41ad001
+@patch(as_prop=True)
+def draw(self:ARPriorConfig) -> dict:
+    "What the pipeline takes where its caller says nothing."
+    return dict(guidance=1.0)
+
 # %% ../nbs/07_ar_prior.ipynb #93e821df
 class Condenser(nn.Module):
     "A long caption as a few tokens: a Transformer reads it with learned queries behind it, and what it says at the queries is kept."

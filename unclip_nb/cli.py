@@ -11,7 +11,8 @@ __all__ = ['STAGES', 'ON_CLIP', 'PRESETS', 'CLASSES', 'PARTS', 'RECORDED', 'PATH
            'train_command', 'Common', 'Generate', 'load', 'save_pictures', 'generate_command', 'Edits', 'Vary',
            'Interpolate', 'Edit', 'vary_command', 'interpolate_command', 'edit_command', 'Embed', 'embed_command',
            'Evaluate', 'evaluate_command', 'Demo', 'demo_command', 'meta_stage', 'made_up', 'training_pass',
-           'drawing_flops', 'Info', 'stage_facts', 'short', 'info_command', 'usage', 'main']
+           'drawing_flops', 'forward_flops', 'weights_facts', 'Info', 'stage_facts', 'short', 'weights_command',
+           'info_command', 'usage', 'main']
 
 # %% ../nbs/19_cli.ipynb #e5270a87
 import argparse, contextlib, dataclasses, errno, io, json, math, os, stat, sys, time
@@ -424,7 +425,7 @@ def train_command(argv:list[str]):
 @dataclass
 class Common:
     "What every command that draws asks."
-    weights:str = "tiny"      # shipped weights, a folder that `unclip train` wrote, or a hub id
+    weights:str = "tiny"      # shipped weights, a folder that `unclip train` wrote, one in diffusers' format (Karlo), or a hub id
     seed:int = 0              # fixes everything
     out:str = "out"           # folder for the pictures
     device:str = "auto"       # auto, cpu, cuda or mps
@@ -435,9 +436,9 @@ class Generate(Common):
     captions:tyro.conf.Positional[tuple[str, ...]] = ()  # what to draw
     n:int = 4                 # pictures a caption
     prior:str = "diffusion"   # which prior draws the image embedding: diffusion or ar
-    guidance:float = 2.0      # of the decoder; 1 is none
-    prior_guidance:float = 1.0
-    steps:int = 20            # of the decoder
+    guidance:float|None = None        # of the decoder; 1 is none. By default what the weights' config says (2; Karlo: 8)
+    prior_guidance:float|None = None  # by default likewise (1; Karlo: 4)
+    steps:int|None = None     # of the decoder; by default likewise (20; Karlo: 25)
     size:int|None = None      # side of the pictures, such as 512; by default the first upsampler's
 
 def load(c:Common):
@@ -658,6 +659,34 @@ def drawing_flops(model, steps:int) -> int:
     once = forward_cost(model, lambda: denoise.append(make())).flops
     return once + steps * forward_cost(model, lambda: denoise[0](x, t.expand(len(x)))).flops
 
+# %% ../nbs/19_cli.ipynb #c41ad008
+def forward_flops(stage) -> int:
+    "FLOPs of one forward pass of a stage's network for one picture or embedding. The stage ends on the meta device."
+    c, t = stage.config, made_up(1, dtype=torch.long)
+    stage = stage.float().to("meta")
+    if stage.name == "clip": return 0
+    if stage.name == "prior": call = lambda: stage.net(made_up(1, c.context_length, c.text_width), made_up(1, c.clip_dim), made_up(1, c.clip_dim), t)
+    elif stage.name == "ar_prior": call = training_pass(stage, 1)
+    elif stage.name == "decoder":
+        u = stage.unet.config
+        tokens = made_up(1, c.context_length + c.clip_tokens, u.context_width)
+        call = lambda: stage.network(made_up(1, 3, c.image_size, c.image_size), t, made_up(1, u.emb_width), tokens)
+    else: call = lambda: stage.unet(made_up(1, 6, c.size, c.size), made_up(1, c.unet.emb_width))
+    with torch.no_grad(): return forward_cost(stage, call).flops
+
+def weights_facts(weights:str, gpu_tflops:float=312., utilisation:float=0.4) -> list[dict]:
+    "Of each stage of a system: parameters, bytes by precision, FLOPs of a forward pass, and seconds of a draw with the config's own settings."
+    from unclip_nb.pipeline import UnCLIP
+    model, rows = UnCLIP.from_pretrained(weights, device="cpu"), []
+    for name, stage in model.stages.items():
+        n = sum(p.numel() for p in stage.parameters())
+        usual = getattr(stage.config, "draw", {})
+        steps = usual.get("steps", getattr(stage.config, "steps", 64 if name == "prior" else 1))
+        passes = 0 if name == "clip" else steps * (1 + (usual.get("guidance", 1.) != 1))
+        flops = forward_flops(stage)
+        rows.append(dict(stage=name, parameters=n, float32=4 * n, half=2 * n, forward=flops, passes=passes, seconds=flops * passes / (gpu_tflops * 1e12 * utilisation)))
+    return rows
+
 # %% ../nbs/19_cli.ipynb #4239cc45
 TABLE3 = {"prior": "1 G", "ar_prior": "1 G", "decoder": "3.5 G", "upsampler1": "0.7 G", "upsampler2": "0.3 G"}   # Table 3's row "model size"
 
@@ -665,6 +694,7 @@ TABLE3 = {"prior": "1 G", "ar_prior": "1 G", "decoder": "3.5 G", "upsampler1": "
 class Info:
     "Parameters, memory, arithmetic and GPU-days of a preset's stages, without building them."
     preset:str = "tiny"       # nano, tiny, small or paper
+    weights:str|None = None   # instead of a preset: shipped weights, a folder (diffusers' too) or a hub id
     batch_size:int|None = None# examples that a device holds at once; by default the whole batch of the preset
     gpu_tflops:float = 312.0  # what a card can do at best, in 1e12 operations a second: 312 is an A100 in bf16
     utilisation:float = 0.4   # the share of it that is reached
@@ -693,10 +723,21 @@ def short(x:float|int|None, unit:str="") -> str:
     v = x / 1000 ** k
     return f"{v:.{2 if v < 9.995 else 1 if v < 99.95 else 0}f} {' kMGTPE'[k].strip()}{unit}"
 
+def weights_command(c:Info):
+    "Print `weights_facts` of `c.weights`."
+    rows = weights_facts(c.weights, c.gpu_tflops, c.utilisation)
+    print(f"{'':12}{'parameters':>11}{'float32':>11}{'half':>11}{'FLOP a pass':>14}{'passes':>9}{'seconds':>10}")
+    for r in rows:
+        cost = f"{short(r['forward']):>14}{r['passes']:>9}{r['seconds']:>10.3f}" if r["passes"] else ""
+        print(f"{r['stage']:12}{short(r['parameters']):>11}{short(r['float32'], 'B'):>11}{short(r['half'], 'B'):>11}{cost}")
+    total, largest = sum(r["half"] for r in rows), max(r["half"] for r in rows)
+    print(f"all {short(total, 'B')} in half precision, the largest stage {short(largest, 'B')}; one picture with the defaults: {sum(r['seconds'] for r in rows):.2f} s at {c.utilisation:.0%} of {c.gpu_tflops:g} TFLOP/s")
+
 def info_command(c:Info):
     "Print what `stage_facts` found: what it takes to hold, to train and to draw with each stage."
     if c.preset not in PRESETS: raise UnclipError(f"unknown preset {c.preset!r}: use {', '.join(PRESETS)}")
     if c.gpu_tflops <= 0 or not 0 < c.utilisation <= 1: raise UnclipError("--gpu-tflops must be above 0, and --utilisation above 0 and at most 1")
+    if c.weights: return weights_command(c)
     rows, all_of = [stage_facts(s, c) for s in STAGES], lambda k: sum(r[k] for r in rows)
     model = dict(TABLE3, clip="ViT-H/16") if c.preset == "paper" else {}
     print(f"{'':12}{'parameters':>11}{'Table 3' if model else '':>10}{'fp16 file':>11}{'in training':>13}{'batch':>8}{'+ activations':>15}{'checkpointed':>14}")

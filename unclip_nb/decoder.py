@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from .core import Generators, UnclipError, choice, number, randn, resize
-from .diffusion import (Prediction, Schedule, ddim_sample, ddpm_sample, dpm_sample, guided, hybrid_loss, predict, q_sample,
+from .diffusion import (Prediction, Schedule, Steps, ddim_sample, ddpm_sample, dpm_sample, guided, hybrid_loss, predict, q_sample,
     simple_loss, split_variance)
 from .diffusion_prior import EmbeddingStats, first_embeddings
 from .layers import TimeEmbedding, Transformer
@@ -71,6 +71,23 @@ class DecoderConfig:
     @classmethod
     def paper(cls): return cls(image_size=64, channels=512, channel_mult=(1, 2, 3, 4), res_blocks=3, attention=(32, 16, 8), head_channels=64, dropout=0.1,
         text_width=2048, text_layers=24, text_heads=32, context_length=256, vocab_size=49408, clip_dim=1024, whiten=False, target="eps", learned_variance=True)
+
+# %% ../nbs/11_decoder.ipynb #c41ad003
+@patch(as_prop=True)
+def draw(self:DecoderConfig) -> dict:
+    "What `UnCLIP.generate` takes where its caller says nothing."
+    return dict(steps=20, guidance=2.0, sampler="dpm")
+
+@patch(as_prop=True)
+def zi_of(self:DecoderConfig) -> str:
+    "Which picture's z_i it was trained with: the small one that it draws, or the full one that CLIP saw."
+    return "small"
+
+@patch
+def edit_steps(self:DecoderConfig, steps:Steps) -> Steps:
+    """The timesteps of an inversion in `steps` steps. A network that predicts the noise knows little at T-1, where
+    x0 = (x - noise eps) / signal multiplies its error by 20,000: its steps end at 0.98 T, where the factor is 32."""
+    return f"{steps}of{self.T * 49 // 50}" if self.target == "eps" and isinstance(steps, int) else steps
 
 # %% ../nbs/11_decoder.ipynb #803d7a19
 class TextEncoder(nn.Module):
@@ -169,7 +186,7 @@ def denoiser(self:Decoder, zi:Float[Tensor, "b d"]|None, tokens:Int[Tensor, "b n
 # %% ../nbs/11_decoder.ipynb #4af29fb9
 @patch
 @torch.no_grad()
-def sample(self:Decoder, zi:Float[Tensor, "b d"]|None, tokens:Int[Tensor, "b n"]|None=None, guidance:float=2.0, steps:int=50,
+def sample(self:Decoder, zi:Float[Tensor, "b d"]|None, tokens:Int[Tensor, "b n"]|None=None, guidance:float=2.0, steps:Steps=50,
            generator:Generators=None, x_T:Tensor|None=None, eta:float=0.0, sampler:str="ddim", progress:bool=False) -> Float[Tensor, "b 3 s s"]:
     "Draw pictures in [-1, 1] for z_i, captions, or both. `sampler`: ddim, ddpm (the paper's, with the learned variance) or dpm (DPM-Solver++, fewer steps). Raises `UnclipError` for others."
     choice("sampler for the decoder", sampler, ("ddim", "ddpm", "dpm"))

@@ -160,7 +160,7 @@ def mixture_denoiser(
     return denoise
 
 # %% ../nbs/08_diffusion.ipynb #98cbe607
-Steps = int|str|Sequence[int]   # how many steps a sampler takes: 50, or (10, 10, 3, 2, 2), "10,10,3,2,2", "ddim50", "snr20"
+Steps = int|str|Sequence[int]   # how many steps a sampler takes: 50, or (10, 10, 3, 2, 2), "10,10,3,2,2", "ddim50", "snr20", "50of980"
 
 def _numbers(text:str) -> list[int]:
     try: return [int(n) for n in text.split(",")]
@@ -177,8 +177,12 @@ def respace(
     steps:Steps, # how many to take; several numbers say how many in each equal section, from t = 0 up
 ) -> list[int]:
     """The timesteps a sampler visits, noisiest first: evenly spread over 0 .. T-1, both ends included; a single step is T-1.
-    "ddim50" takes every (T/50)th from 0 up. Raises `UnclipError` where T has too few."""
+    "ddim50" takes every (T/50)th from 0 up; "50of980" spreads 50 over 0 .. 979 and leaves out the noisiest. Raises `UnclipError` where T has too few."""
     if isinstance(steps, str) and steps.startswith("ddim"): return _stride(T, *_numbers(steps[4:])[:1])[::-1]
+    if isinstance(steps, str) and "of" in steps:
+        n, below = (_numbers(part)[0] for part in steps.split("of", 1))
+        if not 1 <= below <= T: raise UnclipError(f"cannot take steps below {below} of {T}: use {n}of{T} at most")
+        return respace(below, n)
     if isinstance(steps, str): counts = _numbers(steps)
     elif isinstance(steps, (list, tuple, range)): counts = [number("steps in a section", n, whole=True) for n in steps]
     else: counts = [number("steps", steps, whole=True)]

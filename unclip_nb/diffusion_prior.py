@@ -37,6 +37,7 @@ class PriorConfig:
     schedule:str="cosine"      # of the noise: cosine or linear
     scale:float|None=None      # unit-norm embeddings are multiplied by this; None: 0.54 sqrt(d), the paper's 17.2 at d = 1024
     whiten:bool=False          # True: as many units in every direction (section "Equally loud"); False: only `scale`, as in the paper
+    mask:bool=False            # True: padding is hidden from the attention; False: it becomes a learned vector
     drop:float=0.1             # share of training captions that are hidden, together with their z_t
     clip_fingerprint:str=""    # of the CLIP it was trained with
 
@@ -54,6 +55,12 @@ class PriorConfig:
         "Table 3's column 'diffusion prior'."
         return cls(**dict(clip_dim=1024, text_width=1024, context_length=256, width=2048, layers=24, heads=32, scale=17.2) | kw)
 
+# %% ../nbs/09_diffusion_prior.ipynb #c41ad002
+@patch(as_prop=True)
+def draw(self:PriorConfig) -> dict:
+    "What the pipeline takes where its caller says nothing."
+    return dict(guidance=1.0)
+
 # %% ../nbs/09_diffusion_prior.ipynb #ae09d3b5
 class PriorNet(nn.Module):
     "Causal Transformer over [caption, z_t, step, noised z_i, query]; the query's output is the clean z_i (paper 2.2)."
@@ -62,16 +69,23 @@ class PriorNet(nn.Module):
         c, learned = config, lambda *shape: nn.Parameter(torch.randn(shape) * 0.02)
         self.text_in, self.zt_in, self.zi_in = (nn.Linear(n, c.width) for n in (c.text_width, c.clip_dim, c.clip_dim))
         self.time = TimeEmbedding(c.width, c.width)
-        self.padding, self.no_zt, self.query = learned(c.width), learned(c.width), learned(c.width)
+        self.mask, self.query = c.mask, learned(c.width)
+        self.padding, self.no_zt = (None, None) if c.mask else (learned(c.width), learned(c.width))
         self.positions = learned(c.context_length + 4, c.width)
         self.transformer = Transformer(c.width, c.layers, c.heads)
         self.out = nn.Linear(c.width, c.clip_dim)
 
     def prefix(self, text:Float[Tensor, "b n w"], zt:Float[Tensor, "b d"]) -> Float[Tensor, "b n+1 width"]:
         "The tokens that know nothing of the step. A row of zeros, in `text` or `zt`, becomes a learned vector."
-        text = torch.where(text.any(-1, keepdim=True), self.text_in(text), self.padding)
-        zt = torch.where(zt.any(-1, keepdim=True), self.zt_in(zt), self.no_zt)
-        return torch.cat([text, zt[:, None]], 1) + self.positions[:-3]
+        words, whole = self.text_in(text), self.zt_in(zt)
+        if not self.mask:
+            words = torch.where(text.any(-1, keepdim=True), words, self.padding)
+            whole = torch.where(zt.any(-1, keepdim=True), whole, self.no_zt)
+        return torch.cat([words, whole[:, None]], 1) + self.positions[:-3]
+
+    def kept(self, text:Float[Tensor, "b n w"], more:int) -> Bool[Tensor, "b m"]|None:
+        "Which tokens may be looked at where padding is hidden: those of the caption and the `more` behind it. None: all."
+        return F.pad(text.any(-1), (0, more), value=True) if self.mask else None
 
     def suffix(self, zi_t:Float[Tensor, "b d"], t:Int[Tensor, "b"]) -> Float[Tensor, "b 3 width"]:
         "The three tokens that change at every step."
@@ -79,7 +93,7 @@ class PriorNet(nn.Module):
 
     def forward(self, text:Float[Tensor, "b n w"], zt:Float[Tensor, "b d"], zi_t:Float[Tensor, "b d"], t:Int[Tensor, "b"]) -> Float[Tensor, "b d"]:
         x = torch.cat([self.prefix(text, zt), self.suffix(zi_t, t)], 1)
-        return self.out(self.transformer(x)[:, -1])
+        return self.out(self.transformer(x, keep=self.kept(text, 4))[:, -1])
 
 # %% ../nbs/09_diffusion_prior.ipynb #c4abdbd0
 def _exact(x):
@@ -112,7 +126,7 @@ class EmbeddingStats(ExactBuffers):
 
     def inverse(self, x:Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
         "Back to an embedding; the norm is not put right."
-        with _exact(x): return torch.linalg.solve(self.matrix, x.float(), left=False) + self.mean
+        with _exact(x): return torch.linalg.solve(self.matrix, x.to(self.matrix), left=False) + self.mean
 
 def first_embeddings(
     batches,      # .at(step) -> dict with `zi`
@@ -191,6 +205,11 @@ class Prefix(KVCache):
 
 # %% ../nbs/09_diffusion_prior.ipynb #17a50359
 @patch
+def no_caption(self:DiffusionPrior, text:Float[Tensor, "b n w"], zt:Float[Tensor, "b d"]) -> tuple[Tensor, Tensor]:
+    "What guidance leads away from, one row: no caption and no z_t."
+    return torch.zeros_like(text[:1]), torch.zeros_like(zt[:1])
+
+@patch
 def denoiser(
     self:DiffusionPrior,
     text:Float[Tensor, "b n w"],  # CLIP's token outputs, zero rows after the end token
@@ -203,15 +222,18 @@ def denoiser(
     self.check(text, zt)
     net, b, rows = self.net, len(zt), torch.arange(len(zt), device=zt.device).repeat_interleave(draws)
     if guidance != 1:                                                # one empty caption serves every row
-        text, zt = F.pad(text, (0, 0, 0, 0, 0, 1)), F.pad(zt, (0, 0, 0, 1))
+        no_text, no_zt = self.no_caption(text, zt)
+        text, zt = torch.cat([text, no_text]), torch.cat([zt, no_zt])
         rows = torch.cat([rows, torch.full_like(rows, b)])
     prefix, caches = net.prefix(text, zt * self.scale), net.transformer.make_cache()
+    known, keep = net.kept(text, 1), net.kept(text[rows], 4)
     if cache:
-        net.transformer(prefix, caches)
+        net.transformer(prefix, caches, keep=known)
         caches = [Prefix(c, rows, 3) for c in caches]
     def network(zi_t, t):
         x = net.suffix(zi_t, t)
-        x = net.transformer(x, caches, append=False) if cache else net.transformer(torch.cat([prefix[rows], x], 1))
+        if cache: x = net.transformer(x, caches, append=False, keep=keep)
+        else: x = net.transformer(torch.cat([prefix[rows], x], 1), keep=keep)
         return net.out(x[:, -1])
     def denoise(zi_t, t):
         if guidance == 1: return predict(self.schedule, "x0", network(zi_t, t), zi_t, t)

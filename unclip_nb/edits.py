@@ -42,13 +42,14 @@ def slerp(
     a:Float[Tensor, "b ..."],   # from; a row each, of any shape: unit embeddings or x_T
     b:Float[Tensor, "b ..."],   # to
     theta:float|int|Tensor,     # how far, 0 to 1: one number, or one a row
+    lengths:bool=False,         # True: only the directions turn, and the length goes straight from one to the other
 ) -> Float[Tensor, "b ..."]:
     """Spherical interpolation of whole rows: at constant angular speed along the great circle, ends exact (paper, section 3.2).
     Parallel rows: the straight line. Opposite rows (to 0.001 rad), for which no circle is the shortest: one that is always the same. Raises `UnclipError` for unlike shapes."""
     for x in (a, b):
         if not isinstance(x, Tensor) or x.ndim < 1 or not x.is_floating_point(): raise UnclipError("slerp is between rows of floats: give tensors (b, ...)")
     if a.shape != b.shape: raise UnclipError(f"cannot interpolate between shapes {tuple(a.shape)} and {tuple(b.shape)}")
-    if a.ndim == 1: return slerp(a[None], b[None], theta)[0]
+    if a.ndim == 1: return slerp(a[None], b[None], theta, lengths)[0]
     wide = torch.float32 if a.device.type == "mps" else torch.float64
     x, y = (v.to(wide).flatten(1) for v in (a, b))
     omega = angle(a, b).to(x)[:, None]
@@ -56,15 +57,17 @@ def slerp(
     if theta.numel() not in (1, len(a)) or not ((theta >= 0) & (theta <= 1)).all():
         raise UnclipError(f"theta must be one number from 0 to 1, or {len(a)} of them")
     theta = theta.to(a.device, wide).reshape(-1, 1).expand(len(a), 1)
+    long = torch.lerp(x.norm(dim=1, keepdim=True), y.norm(dim=1, keepdim=True), theta) if lengths else 1
+    if lengths: x, y = F.normalize(x, dim=1), F.normalize(y, dim=1)
     part = lambda t: t * torch.sinc(t * omega / math.pi) / torch.sinc(omega / math.pi)       # sin(t omega) / sin(omega), and t where omega is 0
     out = part(1 - theta) * x + part(theta) * y                                              # eq. 1
     opposite = (math.pi - omega < 1e-3).squeeze(1)
     if opposite.any():
         t, p, q = theta[opposite], x[opposite], y[opposite]
-        long = (1 - t) * p.norm(dim=1, keepdim=True) + t * q.norm(dim=1, keepdim=True)
+        wide_by = (1 - t) * p.norm(dim=1, keepdim=True) + t * q.norm(dim=1, keepdim=True)
         near = torch.where(t < 0.5, p, q) * torch.cos(math.pi * torch.minimum(t, 1 - t))
-        out[opposite] = near + torch.sin(math.pi * torch.minimum(t, 1 - t)) * long * _aside(F.normalize(p, dim=1), F.normalize(q, dim=1))
-    return out.view_as(a).to(a.dtype)
+        out[opposite] = near + torch.sin(math.pi * torch.minimum(t, 1 - t)) * wide_by * _aside(F.normalize(p, dim=1), F.normalize(q, dim=1))
+    return (long * out).view_as(a).to(a.dtype)
 
 # %% ../nbs/16_edits.ipynb #f2cfe38e
 def check_latent(
@@ -161,7 +164,7 @@ def interpolation_path(
     theta = torch.linspace(0, 1, n, dtype=torch.float64).repeat(len(a))
     za, zb, xa, xb = (v.repeat_interleave(n, 0) for v in (a.zi, b.zi, a.x_T, b.x_T))
     fixed = randn(a.x_T.shape[1:], row_generators(seed, 1, "decoder")[0]).to(a.x_T)
-    return Latent(slerp(za, zb, theta), slerp(xa, xb, theta) if noise == "slerp" else fixed.expand_as(xa), a.steps)
+    return Latent(slerp(za, zb, theta, lengths=True), slerp(xa, xb, theta) if noise == "slerp" else fixed.expand_as(xa), a.steps)
 
 def interpolate(
     model:UnCLIP,
@@ -196,7 +199,7 @@ def text_direction(
     if len(base) not in (1, len(new)): raise UnclipError(f"{len(base)} captions to start from and {len(new)} to go to: give as many, or one")
     for text in new:
         if not text.strip(): raise UnclipError("the new caption is empty: say what the picture should become")
-    step = model.clip.encode_text(new) - model.clip.encode_text(base)
+    with model.working("clip"): step = model.clip.encode_text(new) - model.clip.encode_text(base)
     if (step.norm(dim=1) < 1e-5).any(): raise UnclipError(f"{base[0]!r} and {new[0]!r} are the same to CLIP: the new caption must say something else")
     return F.normalize(step, dim=1)
 
@@ -216,7 +219,8 @@ def text_diff_path(
     if not isinstance(direction, Tensor) or direction.shape not in {(1, latent.zi.shape[1]), tuple(latent.zi.shape)}:
         raise UnclipError(f"direction must be one row of {latent.zi.shape[1]} numbers, or one a picture: see text_direction")
     n, theta = len(thetas), torch.tensor(thetas, dtype=torch.float64).repeat(len(latent))
-    zd = direction.to(latent.zi).expand(len(latent), -1).repeat_interleave(n, 0)
+    zd = direction.to(latent.zi) * latent.zi.norm(dim=1, keepdim=True)       # as long as what it is mixed with
+    zd = zd.repeat_interleave(n, 0)
     return Latent(slerp(latent.zi.repeat_interleave(n, 0), zd, theta), latent.x_T.repeat_interleave(n, 0), latent.steps)
 
 def text_diff(
@@ -248,10 +252,11 @@ def pca_path(
     pca:PCA|PCAQuantizer,                       # fitted to this CLIP's image embeddings, such as `model.ar_prior.quantizer`
     ks:Sequence[int],                           # components kept
 ) -> Latent:
-    "z_i with only its first k components, at unit norm again; x_T held (paper, section 4 and figure 7)."
+    "z_i with only its first k components, at its own length again; x_T held (paper, section 4 and figure 7)."
     pca, ks = getattr(pca, "pca", pca), check_ks(ks)
     if not isinstance(pca, PCA): raise UnclipError(f"a {type(pca).__name__} is no PCA: give one, PCA().fit(embeddings)")
-    zi = torch.stack([F.normalize(pca.truncate(latent.zi, k), dim=1) for k in ks], 1).flatten(0, 1)
+    long = latent.zi.norm(dim=1, keepdim=True)
+    zi = torch.stack([long * F.normalize(pca.truncate(latent.zi, k), dim=1) for k in ks], 1).flatten(0, 1)
     return Latent(zi.to(latent.zi), latent.x_T.repeat_interleave(len(ks), 0), latent.steps)
 
 def pca_sweep(
@@ -274,8 +279,8 @@ def pca_sweep(
     if isinstance(image, Latent): image = check_latent(model, image)
     latent = as_latent(model, image, steps, progress=progress) if noise == "inverted" or isinstance(image, Latent) else None
     if noise == "fixed":
-        zi = latent.zi if latent else model.encode_image(model.pictures(image))
+        zi = latent.zi if latent else model.see(image)
         s = model.decoder.config.image_size
         x_T = randn((3, s, s), row_generators(seed, 1, "decoder")[0]).to(zi)
-        latent = Latent(zi, x_T.expand(len(zi), -1, -1, -1), latent.steps if latent else steps)
+        latent = Latent(zi, x_T.expand(len(zi), -1, -1, -1), latent.steps if latent else model.decoder.config.edit_steps(steps))
     return _drawn(model, pca_path(latent, pca, ks), seed=seed, progress=progress, **how)

@@ -10,7 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Num
+from jaxtyping import Bool, Float, Num
 from torch import Tensor, nn
 
 # %% ../nbs/03_layers.ipynb #9830e75c
@@ -50,13 +50,15 @@ class Attention(nn.Module):
         cache:KVCache|None=None,   # of the tokens before them
         causal:bool=True,          # may a token look only at itself and before?
         append:bool=True,          # do the new tokens stay in the cache?
+        keep:Bool[Tensor, "b m"]|None=None, # which tokens, old and new, may be looked at; all by default
     ) -> Float[Tensor, "b n w"]:
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         past = len(cache) if cache is not None else 0
         if cache is not None: k, v = cache.join(k, v, append)
-        mask = None
-        if causal and past and x.shape[1] > 1: mask = torch.ones(x.shape[1], k.shape[2], dtype=torch.bool, device=x.device).tril(past)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and not past)
+        mask, fast = None, causal and not past and keep is None
+        if causal and not fast and x.shape[1] > 1: mask = torch.ones(x.shape[1], k.shape[2], dtype=torch.bool, device=x.device).tril(past)
+        if keep is not None: mask = keep[:, None, None] if mask is None else mask & keep[:, None, None]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=fast)
         return self.out(rearrange(out, "b h n d -> b n (h d)"))
 
 # %% ../nbs/03_layers.ipynb #b482b515
@@ -72,9 +74,10 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, mlp_ratio * width), nn.GELU(), nn.Linear(mlp_ratio * width, width))
 
-    def forward(self, x:Float[Tensor, "b n w"], cache:KVCache|None=None, causal:bool=True, append:bool=True) -> Float[Tensor, "b n w"]:
+    def forward(self, x:Float[Tensor, "b n w"], cache:KVCache|None=None, causal:bool=True, append:bool=True,
+                keep:Bool[Tensor, "b m"]|None=None) -> Float[Tensor, "b n w"]:
         "Arguments as in `Attention`."
-        x = x + self.attention(self.norm1(x), cache, causal, append)
+        x = x + self.attention(self.norm1(x), cache, causal, append, keep)
         return x + self.mlp(self.norm2(x))
 
 # %% ../nbs/03_layers.ipynb #1a6857b5
@@ -105,8 +108,9 @@ class Transformer(nn.Module):
         cache:list[KVCache]|None=None,  # from `make_cache`: what came before
         causal:bool=True,               # may a token look only at itself and before?
         append:bool=True,               # do the new tokens stay in the cache?
+        keep:Bool[Tensor, "b m"]|None=None, # which tokens, old and new, may be looked at; all by default
     ) -> Float[Tensor, "b n w"]:
-        for i, block in enumerate(self.blocks): x = block(x, None if cache is None else cache[i], causal, append)
+        for i, block in enumerate(self.blocks): x = block(x, None if cache is None else cache[i], causal, append, keep)
         return self.norm(x)
 
 # %% ../nbs/03_layers.ipynb #fca2bd82

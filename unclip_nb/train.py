@@ -308,6 +308,7 @@ def load_weights(
     model:nn.Module,          # changed in place; keeps its own precision
     tensors:dict[str,Tensor], # by name, as in its state_dict
     source:str|Path="weights",# named in the error
+    assign:bool=False,        # take the tensors themselves, with their precision, instead of copying
 ):
     "Put `tensors` into `model`. Raises `UnclipError` naming the first that is missing, unknown or of another shape."
     own = model.state_dict()
@@ -316,7 +317,7 @@ def load_weights(
     for k, v in own.items():
         if v.shape != tensors[k].shape:
             raise UnclipError(f"{source}: {k!r} is {tuple(tensors[k].shape)}, the config makes it {tuple(v.shape)}; use the config it was saved with")
-    model.load_state_dict(tensors)
+    model.load_state_dict(tensors, assign=assign)
 
 # %% ../nbs/04_train.ipynb #7a9e8b37
 def config_from(
@@ -366,6 +367,8 @@ def local_folder(
     token:str|bool|None=None,
     cache_dir:str|Path|None=None,
     local_files_only:bool=False, # use what was downloaded before, ask nobody
+    files:tuple[str, ...]=HUB_FILES, # patterns of what is fetched
+    leave:tuple[str, ...]=(),    # patterns of what is not
 ) -> Path:
     "The folder itself, or the downloaded files of a hub id. A path that looks local never asks the hub. Raises `UnclipError`."
     folder, text = expand(source), str(source)
@@ -376,7 +379,7 @@ def local_folder(
     if not hub_id: raise UnclipError(f"no folder {text!r} with saved weights: check the path")
     from huggingface_hub import snapshot_download
     hub = dict(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
-    try: return Path(snapshot_download(text, allow_patterns=list(HUB_FILES), **hub))
+    try: return Path(snapshot_download(text, allow_patterns=list(files), ignore_patterns=list(leave), **hub))
     except Exception as e: raise UnclipError(f"no folder {text!r}, nor on the hub ({type(e).__name__}): check the name") from None
 
 def check_dtype(dtype) -> torch.dtype|None:

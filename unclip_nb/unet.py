@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from unittest import mock
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,6 +35,7 @@ class UNetConfig:
     context_width: int = 0                       # width of the context tokens; 0: there are none
     dropout: float = 0.0                         # inside residual blocks, in training only
     patch: int = 1                               # fold patch x patch pixels into one place first: cheaper at large sizes; ADM: 1
+    film: bool = True                            # the embedding scales and shifts (ADM's AdaGN); False: it is added
     checkpoint: bool = False                     # training keeps only what goes into each step and computes the rest again: less memory, more time
 
     def __post_init__(self):
@@ -75,11 +76,12 @@ class ResBlock(nn.Module):
         emb_dim:int,            # width of the embedding
         dropout:float=0.,       # before the last convolution
         resample:str|None=None, # "up" doubles the side, "down" halves it
+        film:bool=True,         # the embedding scales and shifts; False: it is added before the second norm
     ):
         super().__init__()
-        self.resample = resample
+        self.resample, self.film = resample, film
         self.norm1, self.conv1 = norm(cin), nn.Conv2d(cin, cout, 3, padding=1)
-        self.emb = nn.Linear(emb_dim, 2 * cout)
+        self.emb = nn.Linear(emb_dim, (1 + film) * cout)
         self.norm2, self.conv2 = norm(cout), zero(nn.Conv2d(cout, cout, 3, padding=1))
         self.dropout = nn.Dropout(dropout)
         self.skip = nn.Identity() if cin == cout else nn.Conv2d(cin, cout, 1)
@@ -91,8 +93,9 @@ class ResBlock(nn.Module):
 
     def forward(self, x:Float[Tensor, "b cin h w"], emb:Float[Tensor, "b e"]) -> Float[Tensor, "b cout h2 w2"]:
         h = self.conv1(self.resampled(F.silu(self.norm1(x))))
-        scale, shift = self.emb(F.silu(emb))[:, :, None, None].chunk(2, dim=1)
-        h = self.norm2(h) * (1 + scale) + shift                             # eq. 1
+        e = self.emb(F.silu(emb))[:, :, None, None]
+        scale, shift = e.chunk(2, dim=1) if self.film else (0, 0)
+        h = self.norm2(h if self.film else h + e) * (1 + scale) + shift     # eq. 1
         return self.skip(self.resampled(x)) + self.conv2(self.dropout(F.silu(h)))
 
 # %% ../nbs/10_unet.ipynb #1acdd426
@@ -100,10 +103,12 @@ def scaled_dot_product(
     q:Float[Tensor, "b heads n d"], # queries
     k:Float[Tensor, "b heads m d"], # keys
     v:Float[Tensor, "b heads m d"], # values
+    keep:Bool[Tensor, "b m"]|None=None, # which keys may be looked at; all by default
 ) -> Float[Tensor, "b heads n d"]:
     "`F.scaled_dot_product_attention`; written out for bf16 on a CPU, where there and back through the fused kernel takes three times as long."
-    if q.is_cpu and q.dtype == torch.bfloat16: return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v)
+    mask = None if keep is None else keep[:, None, None]
+    if q.is_cpu and q.dtype == torch.bfloat16 and keep is None: return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 class AttentionBlock(nn.Module):
     "Every place attends to every place and to the context tokens, whose keys and values come first (GLIDE)."
@@ -128,10 +133,14 @@ class AttentionBlock(nn.Module):
         if self.context_kv is None: raise UnclipError("this U-Net takes no context tokens: set context_width")
         return self.split(self.context_kv(context), 2)
 
-    def forward(self, x:Float[Tensor, "b c h w"], kv:tuple[Tensor, Tensor]|None=None) -> Float[Tensor, "b c h w"]:
+    def forward(self, x:Float[Tensor, "b c h w"], kv:tuple|None=None) -> Float[Tensor, "b c h w"]:
+        "`kv`: the context's keys and values, and perhaps which of them may be looked at (b, n)."
         q, k, v = self.split(self.qkv(self.norm(x).flatten(2).mT), 3)
-        if kv is not None: k, v = torch.cat([kv[0].to(k), k], 2), torch.cat([kv[1].to(v), v], 2)
-        h = scaled_dot_product(q, k, v).transpose(1, 2).flatten(2)     # eq. 2
+        keep = None
+        if kv is not None:
+            if len(kv) > 2: keep = F.pad(kv[2], (0, k.shape[2]), value=True)
+            k, v = torch.cat([kv[0].to(k), k], 2), torch.cat([kv[1].to(v), v], 2)
+        h = scaled_dot_product(q, k, v, keep).transpose(1, 2).flatten(2)   # eq. 2
         return x + self.out(h).mT.unflatten(2, x.shape[-2:])
 
 # %% ../nbs/10_unet.ipynb #390d4d8d
@@ -144,7 +153,7 @@ class Level(nn.Module):
     def forward(self,
         x:Float[Tensor, "b c h w"],            # the picture
         emb:Float[Tensor, "b e"],              # time and conditions
-        kv:tuple[Tensor, Tensor]|None=None,    # keys and values of the context, for the attention
+        kv:tuple|None=None,                    # keys and values of the context, for the attention
         skip:Float[Tensor, "b k h w"]|None=None, # what the way down kept: goes on top of the picture's channels
     ) -> Float[Tensor, "b cout h2 w2"]:
         x = self.res(x if skip is None else torch.cat([x, skip], 1), emb)
@@ -158,7 +167,7 @@ class UNet(nn.Module):
         self.config = c = config
         widths, attends = [c.channels * m for m in c.channel_mult], [side in tuple(c.attention) for side in c.sides]
         def step(cin, cout, attn=False, resample=None):
-            return Level(ResBlock(cin, cout, c.emb_width, c.dropout, resample),
+            return Level(ResBlock(cin, cout, c.emb_width, c.dropout, resample, c.film),
                          AttentionBlock(cout, c.head_channels, c.context_width) if attn else None)
         ch = widths[0]
         self.stem = nn.Conv2d(c.in_channels * c.patch ** 2, ch, 3, padding=1)
@@ -176,9 +185,11 @@ class UNet(nn.Module):
         "The attention blocks, in the order in which they run."
         return [s.attn for s in (*self.down, *self.middle, *self.up) if s.attn is not None]
 
-    def encode_context(self, context:Float[Tensor, "b n k"]|None) -> list:
-        "The context's keys and values in every attention block: computed once, good for every step of a sampler."
-        return [None if context is None else a.encode(context) for a in self.attentions()]
+    def encode_context(self, context:Float[Tensor, "b n k"]|tuple|None) -> list:
+        """The context's keys and values in every attention block: computed once, good for every step of a sampler.
+        A pair (tokens, keep) hides the tokens where keep (b, n) is false."""
+        tokens, *keep = context if isinstance(context, tuple) else (context,)
+        return [None if tokens is None else (*a.encode(tokens), *keep) for a in self.attentions()]
 
     def step(self, s:Level, x:Tensor, emb:Tensor, kvs, skip:Tensor|None=None) -> Tensor:
         "One step of the U, checkpointed where the config says so; `kvs` is an iterator over the keys and values of the attention blocks."
@@ -188,7 +199,7 @@ class UNet(nn.Module):
     def forward(self,
         x:Float[Tensor, "b c h w"],                    # the picture; sides are multiples of `config.stride`
         emb:Float[Tensor, "b e"],                      # time and conditions, `config.emb_width` numbers
-        context:Float[Tensor, "b n k"]|list|None=None, # tokens to attend to, or what `encode_context` made of them
+        context:Float[Tensor, "b n k"]|tuple|list|None=None, # tokens to attend to (a pair: see `encode_context`), or what `encode_context` made of them
     ) -> Float[Tensor, "b o h w"]:
         "A picture of the same size. Raises `UnclipError` for a size that does not halve evenly."
         c, (h, w) = self.config, x.shape[-2:]
