@@ -224,7 +224,8 @@ def test_options_of_loading_and_saving_are_known_or_refused(tiny, tmp_path, monk
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **kw: asked.append((name, kw)) or str(tmp_path/"hub"))
     tiny.save_pretrained(tmp_path/"hub")
     UnCLIP.from_pretrained("someone/system", device="cpu", revision="v1", cache_dir="c", local_files_only=True, token="t")
-    assert asked == [("someone/system", dict(allow_patterns=["*.json", "*.safetensors", "*.txt"], revision="v1", token="t", cache_dir="c", local_files_only=True))]
+    assert asked == [("someone/system", dict(allow_patterns=["*.json", "*.txt", "*.safetensors"],
+        ignore_patterns=["*.fp16.safetensors", "*.bf16.safetensors", "*.non_ema.safetensors"], revision="v1", token="t", cache_dir="c", local_files_only=True))]
 
 @pytest.mark.parametrize("path", ["runs/mine", "./mine/that", "../mine", "~/mine/that", "/no/where", "a/b/c"])
 def test_a_local_path_never_asks_the_hub(path, monkeypatch):
