@@ -14,7 +14,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from glob import escape, glob
-from importlib import metadata
+from importlib import import_module, metadata
 from itertools import accumulate, count, islice
 from pathlib import Path
 import torch
@@ -710,15 +710,17 @@ def _source_files(path):
     return False, [Path(f) for f in sorted(glob(str(path)) or glob(inside)) if os.path.isfile(f)]
 
 def load_captioned(
-    source:str|Path="shapes",     # "shapes", a folder, a .parquet or .tar file or pattern, or a hub id "owner/name"
+    source:str|Path="shapes",     # "shapes", "emoji", a folder, a .parquet or .tar file or pattern, or a hub id "owner/name"
     split:str="train",            # train or valid (shapes also: unseen); 5 % are held out where the source has no splits
     size:int=32,                  # side of the pictures in pixels
     streaming:bool=False,         # read in order, without an index
     image_column:str|None=None,   # found by itself where its type or name is usual
     caption_column:str|None=None, # likewise
-) -> ShapesData|PictureData|StreamData:
+) -> Captioned|StreamData:
     "A data set of captioned pictures. Raises `UnclipError` when there is nothing to read or nothing readable."
     if str(source) == "shapes": return ShapesData(split, size)
+    if str(source) == "emoji" and not Path("emoji").exists():
+        return import_module("unclip_nb.emoji").EmojiData(split, size)      # a later notebook's
     if split not in SPLITS: raise UnclipError(f"{source} has no split {split!r}: use train or valid")
     try: path = Path(source).expanduser()
     except RuntimeError: raise UnclipError(f"no folder or file {str(source)!r}: no such user") from None

@@ -228,7 +228,7 @@ def build_emoji(
         pens["Noto"] = lambda chars: _draw_noto(chars, loaded)
     else:
         print(f"{FONT} is not installed, so the data set has OpenMoji's drawings only "
-              "(Debian: apt-get install fonts-noto-color-emoji; else --noto PATH)", file=sys.stderr)
+              "(Debian: apt-get install fonts-noto-color-emoji; else UNCLIP_NOTO=FILE)", file=sys.stderr)
     (out/"images").mkdir(parents=True, exist_ok=True)
     rows = []
     for glyph in tqdm(unicode_glyphs(), desc="drawing emoji", disable=not progress):
