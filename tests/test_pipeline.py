@@ -266,3 +266,10 @@ print(peak(1), peak(40))"""
     r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
     one, many = map(int, r.stdout.split())
     assert many - one < 200_000, r.stdout                                     # KB
+
+def test_the_batch_changes_a_picture_by_rounding_only(tiny):
+    together = tiny.generate(CAPTIONS, seed=3, steps=8)
+    alone = torch.cat([tiny.generate([c], seed=3, steps=8) for c in CAPTIONS])
+    level = lambda x: ((x + 1) * 127.5).round()
+    apart = level(together) - level(alone)
+    assert (together - alone).abs().max() < 1e-3 and apart.abs().max() <= 1 and apart.ne(0).float().mean() < 1e-3

@@ -138,6 +138,10 @@ class CLIP(Stage):
         if tokenizer is not None: config = replace(config, vocab_size=tokenizer.vocab_size, context_length=tokenizer.context_length)
         super().__init__(config)
         self.tokenizer, self.model = tokenizer, model or build_towers(config)
+    def save_files(self, folder:Path):
+        if self.tokenizer is not None: self.tokenizer.save(folder)
+    def load_files(self, folder:Path):
+        if self.tokenizer is None: self.tokenizer = Tokenizer.load(folder)
     @property
     def dim(self) -> int: return self.config.embed_dim
     @property

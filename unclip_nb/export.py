@@ -53,7 +53,7 @@ class ClipImage(nn.Module):
     def __init__(self, clip:CLIP):
         super().__init__()
         self.clip = clip
-    def forward(self, images): return self.clip.encode_image(images)
+    def forward(self, images): return self.clip.image_features(images)    # without a look at the values
 
 # %% ../nbs/21_export.ipynb #bf5a0f8f
 class PriorPrefix(nn.Module):
