@@ -33,6 +33,7 @@ lab: setup           ## the tour in JupyterLab
 widgets: setup       ## six widgets as a page of their own (with your weights: UNCLIP_WEIGHTS=runs/mine)
 	$(BIN)/python tools/app.py
 test: setup          ## notebooks re-run and compared with what they store, then tests/
+	$(BIN)/python tools/debian.py
 	$(BIN)/python -m pytest --nbval nbs tests -n $(JOBS) --dist loadfile
 sync: setup          ## write the package anew from the notebooks
 	find unclip_nb -name '*.py' ! -name '__init__.py' ! -name '__main__.py' -delete
