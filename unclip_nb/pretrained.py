@@ -30,7 +30,7 @@ from .diffusion import Schedule, Steps, ddim_sample, ddpm_sample, predict
 from .diffusion_prior import DiffusionPrior, PriorConfig, keep_best
 from .layers import TimeEmbedding
 from .pipeline import UnCLIP
-from .train import Stage, _load_json, _load_tensors, atomic_folder, load_weights
+from .train import Stage, atomic_folder, load_weights, read_json, read_tensors
 from .unet import UNet, UNetConfig
 from .upsampler import Upsampler, UpsamplerConfig
 
@@ -363,14 +363,14 @@ def read_part(
     "The config and tensors of one part. Raises `UnclipError` where it is absent, damaged, or there as pickles only."
     here, stem = Path(folder)/part, FILES.get(part, "diffusion_pytorch_model")
     if not here.is_dir(): raise UnclipError(f"{folder} lacks {part}: download that folder too")
-    config, file = _load_json(here/"config.json"), here/f"{stem}{f'.{variant}' if variant else ''}.safetensors"
+    config, file = read_json(here/"config.json"), here/f"{stem}{f'.{variant}' if variant else ''}.safetensors"
     if not file.is_file():
         pickles = sorted(p.name for p in here.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"))
         others = sorted(p.name for p in here.iterdir() if p.suffix == ".safetensors")
         if others: raise UnclipError(f"{here} has no {file.name}, only {', '.join(others)}: choose another variant, or join the shards")
         if pickles: raise UnclipError(f"{here} has pickles only ({pickles[0]}), which can run any program and are never opened: get {file.name}")
         raise UnclipError(f"{file} is missing: download it")
-    return config, _load_tensors(file)
+    return config, read_tensors(file)
 
 def fill(make:Callable[[], Stage], tensors:dict[str, Tensor], dtype:torch.dtype|None, source:str|Path) -> Stage:
     "A stage made of those tensors without allocating it twice: parameters in `dtype`, statistics in float32."
@@ -455,7 +455,7 @@ def load_upsampler(folder, low_size:int, dtype=None, variant=None) -> KarloUpsam
 def scheduler_of(folder, name:str, **values) -> dict:
     "A scheduler's config, checked. A folder without one is Karlo's as published."
     file = Path(folder)/name/"scheduler_config.json"
-    config = _load_json(file) if file.is_file() else {}
+    config = read_json(file) if file.is_file() else {}
     wants(config, name, num_train_timesteps=(1000,), **values)
     return config
 
@@ -502,7 +502,7 @@ def from_diffusers(
 ) -> Karlo:
     "A system from a published folder, without diffusers. Raises `UnclipError` where a part is missing, damaged, of another shape or a pickle."
     folder, where = Path(folder), pick_device(device)
-    kind = _load_json(folder/"model_index.json").get("_class_name")
+    kind = read_json(folder/"model_index.json").get("_class_name")
     if kind not in KINDS: raise UnclipError(f"{folder} holds a {kind}: this package loads {' and '.join(KINDS)}")
     reader = load_karlo_clip(folder, clip, dtype, variant)
     has_prior = prior and (kind == KINDS[0] or (folder/"prior").is_dir())
