@@ -288,6 +288,11 @@ def test_offload_moves_one_stage_at_a_time(folder, monkeypatch):
     assert not here and all('prior' not in p or 'decoder' not in p for p in peak)
     assert {'prior', 'clip'} in peak and {'decoder', 'clip'} in peak and {'upsampler1'} in peak and max(map(len, peak)) == 2
 
+def test_offload_of_our_own_system():
+    here, off = UnCLIP.from_pretrained('tiny', device='cpu'), UnCLIP.from_pretrained('tiny', device='cpu', offload=True)
+    assert here.offload is None and off.offload == torch.device('cpu')
+    assert off.generate('a red circle', steps=2).equal(here.generate('a red circle', steps=2))
+
 def test_another_network_for_the_last_step(model):
     asked = []
     hooks = [getattr(model.upsampler1, k).register_forward_hook(lambda *_, k=k: asked.append(k)) for k in ('unet', 'last_unet')]
@@ -341,6 +346,25 @@ def test_another_shape(folder, tmp_path, part, values, tensor):
     ('prior', dict(num_layers=2), 'an unknown'), ('text_encoder', dict(hidden_act='gelu'), 'hidden_act')))
 def test_configs_that_do_not_fit(folder, tmp_path, part, values, told):
     assert told in broken(folder, tmp_path, lambda f: change(f/part/'config.json', **values))
+
+def test_shards_and_variants(folder, tmp_path):
+    def shard(f):
+        file = f/'decoder'/'diffusion_pytorch_model.safetensors'
+        shutil.copy(file, file.with_name('diffusion_pytorch_model-00001-of-00002.safetensors'))
+        file.rename(file.with_name('diffusion_pytorch_model-00002-of-00002.safetensors'))
+    told = broken(folder, tmp_path, shard)
+    assert 'in 2 shards' in told and 'join them into diffusion_pytorch_model.safetensors' in told
+    with pytest.raises(UnclipError, match='in 2 shards.*join them into diffusion_pytorch_model.fp16.safetensors'):
+        from unclip_nb.pretrained import read_part
+        read_part(tmp_path/'broken', 'decoder', 'fp16')
+
+def test_no_image_encoder(folder, tmp_path, monkeypatch):
+    "As kakaobrain/karlo-v1-alpha is published: ViT-L-14 is asked for, and its absence is told with the two ways out"
+    import unclip_nb.pretrained
+    def absent(name): raise UnclipError(f'cannot load {name}')
+    monkeypatch.setattr(unclip_nb.pretrained, 'load_clip', absent)
+    told = broken(folder, tmp_path, lambda f: shutil.rmtree(f/'image_encoder'))
+    assert 'has no image_encoder' in told and 'cannot load ViT-L-14:openai' in told and 'ViT-L-14:FILE' in told
 
 def test_another_pipeline(folder, tmp_path):
     assert 'StableDiffusionPipeline' in broken(folder, tmp_path, lambda f: change(f/'model_index.json', _class_name='StableDiffusionPipeline'))
@@ -396,6 +420,19 @@ def test_info_of_weights(folder, capsys):
     main(['info', '--weights', str(folder)])
     out = capsys.readouterr().out
     assert all(k in out for k in ('prior', 'decoder', 'upsampler1', 'half precision', 's at 40%')) and out.split('decoder')[1].split()[0] == '13.3'
+
+@pytest.mark.parametrize('widget,how', (
+    ('interpolation_widget', dict(n=2, steps=2)), ('text_diff_widget', dict(thetas=(0.0, 0.3), steps=2)),
+    ('variations_widget', dict(n=1, etas=(0.0, 1.0), steps=2)), ('caption_widget', dict(guidances=(1.0,), steps=(2,))),
+    ('priors_widget', dict(n=1, steps=2)), ('pca_widget', dict(ks=(1, 2), steps=2))))
+def test_widgets_take_the_folder(model, widget, how):
+    import unclip_nb.widgets as W
+    w = getattr(W, widget)(model, **how).start()
+    if widget == 'pca_widget':
+        with pytest.raises(UnclipError, match='no AR prior whose PCA'): w.wait(90)
+    else:
+        w.wait(90)
+        assert w.done == len(w.thumbs)
 
 # Kandinsky 2.2
 
