@@ -68,6 +68,17 @@ def test_prior_step_equals_diffusers(model, pipe, guidance, cache, t):
     assert apart(got, want) < 2e-5
 
 @torch.no_grad()
+def test_prior_holds_its_guess_within_the_limit(model, monkeypatch):
+    "A limit that binds: at 5, a tiny random prior never reaches it"
+    zt, text = model.clip.encode_text_tokens(CAPTIONS)
+    x, t = torch.randn(2, 32, generator=generator('x')), torch.full((2,), 500)
+    def guess(limit):
+        monkeypatch.setattr(model.prior.config, 'limit', limit)
+        return model.prior.denoiser(text, zt, 4.0)(x, t).x0
+    free, held = guess(1e9), guess(0.1)
+    assert free.abs().max() > 0.2 and torch.allclose(held, free.clamp(-0.1, 0.1))
+
+@torch.no_grad()
 @pytest.mark.parametrize('guidance', (1.0, 8.0))
 def test_decoder_step_equals_diffusers(model, pipe, guidance):
     zt, hidden, mask = pipe._encode_prompt(CAPTIONS, 'cpu', 1, True)
