@@ -68,6 +68,17 @@ def test_prior_step_equals_diffusers(model, pipe, guidance, cache, t):
     assert apart(got, want) < 2e-5
 
 @torch.no_grad()
+def test_prior_holds_its_guess_within_the_limit(model, monkeypatch):
+    "A limit that binds: at 5, a tiny random prior never reaches it"
+    zt, text = model.clip.encode_text_tokens(CAPTIONS)
+    x, t = torch.randn(2, 32, generator=generator('x')), torch.full((2,), 500)
+    def guess(limit):
+        monkeypatch.setattr(model.prior.config, 'limit', limit)
+        return model.prior.denoiser(text, zt, 4.0)(x, t).x0
+    free, held = guess(1e9), guess(0.1)
+    assert free.abs().max() > 0.2 and torch.allclose(held, free.clamp(-0.1, 0.1))
+
+@torch.no_grad()
 @pytest.mark.parametrize('guidance', (1.0, 8.0))
 def test_decoder_step_equals_diffusers(model, pipe, guidance):
     zt, hidden, mask = pipe._encode_prompt(CAPTIONS, 'cpu', 1, True)
@@ -96,28 +107,52 @@ def test_timesteps_equal_diffusers(pipe, n):
     pipe.decoder_scheduler.set_timesteps(n)
     assert pipe.decoder_scheduler.timesteps.tolist() == respace(1000, n)
 
+def reads_as(pipe, clip):
+    "Captions read by diffusers' own tower, at its own precision: z_t, and the tokens up to the end"
+    def read(captions):
+        tokens = clip.tokens_of(captions)
+        tokens = torch.where(tokens.any(1, keepdim=True), tokens, clip.tokenizer.encode(['']))
+        keep = torch.arange(tokens.shape[1]) <= tokens.argmax(1)[:, None]
+        out = pipe.text_encoder(tokens * keep)
+        return out.text_embeds, out.last_hidden_state * keep[..., None]
+    return read
+
 @torch.no_grad()
 def test_whole_text_to_image_equals_diffusers(model, pipe, monkeypatch):
-    "Same noise, in float64, one schedule for both: diffusers' own is float32, where its last step shrinks the picture by 0.05 %"
+    """Prior, decoder at guidance 8 and both super-resolution nets in float64 from the same captions' embeddings, noise and schedule.
+    `CLIP.encode_text_tokens` gives float32, which the guided steps enlarge to 9e-5 in the picture: so diffusers' own tower reads for both
+    here, and the two towers are compared in `test_clip_equals_transformers`. diffusers' schedule is float32, where its last step shrinks
+    the picture by 0.05 %: both take ours. Statistics are kept as 1 / std, here from diffusers' std without rounding."""
     import copy
     import unclip_nb.decoder, unclip_nb.diffusion, unclip_nb.pretrained
     pipe, ours = copy.deepcopy(pipe), copy.deepcopy(model).double()
     for s in (ours.prior, ours.decoder): object.__setattr__(s, 'reader', ours.clip)
-    ours.prior.stats.mean, ours.prior.stats.matrix = ours.prior.stats.mean.double(), ours.prior.stats.matrix.double()
-    for part in ('prior', 'decoder', 'text_proj', 'text_encoder', 'super_res_first', 'super_res_last'): getattr(pipe, part).double()
+    for part in ('prior', 'decoder', 'text_proj', 'text_encoder', 'super_res_first', 'super_res_last'):
+        getattr(pipe, part).double()
+    ours.prior.stats.mean, ours.prior.stats.matrix = ours.prior.stats.mean.double(), torch.diag(1 / pipe.prior.clip_std[0])
+    assert ours.prior.stats.matrix.dtype == torch.float64
     for s in (pipe.prior_scheduler, pipe.decoder_scheduler, pipe.super_res_scheduler):
         s.betas, s.alphas_cumprod = model.decoder.schedule.betas, model.decoder.schedule.abar
         s.alphas = 1 - s.betas
-    want = pipe(CAPTIONS, generator=torch.Generator().manual_seed(5), output_type='np', prior_num_inference_steps=5, decoder_num_inference_steps=5).images
-    double = lambda shape, generator=None, device=None: torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
+    seen = {}
+    heard, first = pipe.text_proj.forward, pipe.super_res_first.forward
+    pipe.text_proj.forward = lambda **k: (seen.setdefault('zi', k['image_embeddings']), heard(**k))[1]
+    pipe.super_res_first.forward = lambda sample, timestep: (seen.setdefault('low', sample[:, 3:]), first(sample, timestep))[1]
+    want = pipe(CAPTIONS, generator=torch.Generator().manual_seed(5), output_type='np',
+                prior_num_inference_steps=5, decoder_num_inference_steps=5).images
+    def double(shape, generator=None, device=None): return torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
     for module in (unclip_nb.diffusion, unclip_nb.pretrained, unclip_nb.decoder): monkeypatch.setattr(module, 'randn', double)
+    ours.clip.__dict__['encode_text_tokens'] = reads_as(pipe, ours.clip)
     g = torch.Generator().manual_seed(5)
     tokens = ours.clip.tokenizer.encode(CAPTIONS)
     zt, text = ours.clip.encode_text_tokens(tokens)
-    z = ours.prior.sample(text.double(), zt, 5, generator=g)
-    x = ours.decoder.sample(z.double(), tokens, 8.0, 5, g, sampler='ddpm')
+    z = ours.prior.sample(text, zt, 5, generator=g)
+    x = ours.decoder.sample(z, tokens, 8.0, 5, g, sampler='ddpm')
     y = ours.upsampler1.sample(x, generator=g)
-    assert apart(y, torch.from_numpy(want).permute(0, 3, 1, 2) * 2 - 1) < 5e-4          # captions pass through float32 once, and guidance 8 enlarges it
+    big = F.interpolate(x, (64, 64), mode='bicubic', align_corners=False, antialias=True)
+    want = torch.from_numpy(want).permute(0, 3, 1, 2) * 2 - 1                          # diffusers gives pictures in float32
+    far = [apart(z, seen['zi']), apart(big, seen['low']), apart(y, want)]
+    assert y.dtype == torch.float64 and max(far) < 1e-6, far
 
 # Names and shapes
 
@@ -264,6 +299,11 @@ def test_offload_moves_one_stage_at_a_time(folder, monkeypatch):
     assert not here and all('prior' not in p or 'decoder' not in p for p in peak)
     assert {'prior', 'clip'} in peak and {'decoder', 'clip'} in peak and {'upsampler1'} in peak and max(map(len, peak)) == 2
 
+def test_offload_of_our_own_system():
+    here, off = UnCLIP.from_pretrained('tiny', device='cpu'), UnCLIP.from_pretrained('tiny', device='cpu', offload=True)
+    assert here.offload is None and off.offload == torch.device('cpu')
+    assert off.generate('a red circle', steps=2).equal(here.generate('a red circle', steps=2))
+
 def test_another_network_for_the_last_step(model):
     asked = []
     hooks = [getattr(model.upsampler1, k).register_forward_hook(lambda *_, k=k: asked.append(k)) for k in ('unet', 'last_unet')]
@@ -305,8 +345,11 @@ def test_truncated_weights(folder, tmp_path):
     def cut(f): os.truncate(f/'prior'/'diffusion_pytorch_model.safetensors', 5000)
     assert 'damaged or truncated' in broken(folder, tmp_path, cut)
 
-def test_another_shape(folder, tmp_path):
-    assert 'text_proj' in broken(folder, tmp_path, lambda f: change(f/'text_proj'/'config.json', clip_embeddings_dim=64)) or True
+@pytest.mark.parametrize('part,values,tensor', (
+    ('text_proj', dict(clip_embeddings_dim=64), 'null_zi'), ('prior', dict(num_embeddings=60), 'net.positions')))
+def test_another_shape(folder, tmp_path, part, values, tensor):
+    told = broken(folder, tmp_path, lambda f: change(f/part/'config.json', **values))
+    assert tensor in told and 'config makes it' in told
 
 @pytest.mark.parametrize('part,values,told', (
     ('decoder', dict(block_out_channels=[128, 384]), 'config makes it'), ('decoder', dict(down_block_types=['DownBlock2D', 'CrossAttnDownBlock2D']), 'DownBlock2D'),
@@ -314,6 +357,25 @@ def test_another_shape(folder, tmp_path):
     ('prior', dict(num_layers=2), 'an unknown'), ('text_encoder', dict(hidden_act='gelu'), 'hidden_act')))
 def test_configs_that_do_not_fit(folder, tmp_path, part, values, told):
     assert told in broken(folder, tmp_path, lambda f: change(f/part/'config.json', **values))
+
+def test_shards_and_variants(folder, tmp_path):
+    def shard(f):
+        file = f/'decoder'/'diffusion_pytorch_model.safetensors'
+        shutil.copy(file, file.with_name('diffusion_pytorch_model-00001-of-00002.safetensors'))
+        file.rename(file.with_name('diffusion_pytorch_model-00002-of-00002.safetensors'))
+    told = broken(folder, tmp_path, shard)
+    assert 'in 2 shards' in told and 'join them into diffusion_pytorch_model.safetensors' in told
+    with pytest.raises(UnclipError, match='in 2 shards.*join them into diffusion_pytorch_model.fp16.safetensors'):
+        from unclip_nb.pretrained import read_part
+        read_part(tmp_path/'broken', 'decoder', 'fp16')
+
+def test_no_image_encoder(folder, tmp_path, monkeypatch):
+    "As kakaobrain/karlo-v1-alpha is published: ViT-L-14 is asked for, and its absence is told with the two ways out"
+    import unclip_nb.pretrained
+    def absent(name): raise UnclipError(f'cannot load {name}')
+    monkeypatch.setattr(unclip_nb.pretrained, 'load_clip', absent)
+    told = broken(folder, tmp_path, lambda f: shutil.rmtree(f/'image_encoder'))
+    assert 'has no image_encoder' in told and 'cannot load ViT-L-14:openai' in told and 'ViT-L-14:FILE' in told
 
 def test_another_pipeline(folder, tmp_path):
     assert 'StableDiffusionPipeline' in broken(folder, tmp_path, lambda f: change(f/'model_index.json', _class_name='StableDiffusionPipeline'))
@@ -369,6 +431,19 @@ def test_info_of_weights(folder, capsys):
     main(['info', '--weights', str(folder)])
     out = capsys.readouterr().out
     assert all(k in out for k in ('prior', 'decoder', 'upsampler1', 'half precision', 's at 40%')) and out.split('decoder')[1].split()[0] == '13.3'
+
+@pytest.mark.parametrize('widget,how', (
+    ('interpolation_widget', dict(n=2, steps=2)), ('text_diff_widget', dict(thetas=(0.0, 0.3), steps=2)),
+    ('variations_widget', dict(n=1, etas=(0.0, 1.0), steps=2)), ('caption_widget', dict(guidances=(1.0,), steps=(2,))),
+    ('priors_widget', dict(n=1, steps=2)), ('pca_widget', dict(ks=(1, 2), steps=2))))
+def test_widgets_take_the_folder(model, widget, how):
+    import unclip_nb.widgets as W
+    w = getattr(W, widget)(model, **how).start()
+    if widget == 'pca_widget':
+        with pytest.raises(UnclipError, match='no AR prior whose PCA'): w.wait(90)
+    else:
+        w.wait(90)
+        assert w.done == len(w.thumbs)
 
 # Kandinsky 2.2
 

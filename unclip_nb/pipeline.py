@@ -120,8 +120,11 @@ class UnCLIP(nn.Module):
         missing = [k for k in ("clip", "prior", "decoder") if k not in names]
         if "ar_prior" in names: missing = [k for k in missing if k != "prior"]      # one prior is enough
         if missing: raise UnclipError(f"{folder} lacks {', '.join(missing)}: train with `unclip train {missing[0]} --out {folder}`")
-        stages = {k: STAGES[k].from_pretrained(folder/k, dtype=dtype, device=where) for k in names}
-        return cls(**{"prior": None} | stages)
+        home = "cpu" if offload else where
+        stages = {k: STAGES[k].from_pretrained(folder/k, dtype=dtype, device=home) for k in names}
+        model = cls(**{"prior": None} | stages)
+        if offload: model.offload = where
+        return model
 
     @property
     def device(self) -> torch.device: return self.offload or next(self.decoder.parameters()).device

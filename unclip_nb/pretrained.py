@@ -7,8 +7,9 @@ __all__ = ['Names', 'RES', 'TOWER', 'OPENAI_MEAN', 'OPENAI_STD', 'FILES', 'KINDS
            'unet_names', 'time_names', 'prior_names', 'hearing_names', 'clip_names', 'KarloCLIP', 'wide',
            'karlo_towers', 'KarloPriorConfig', 'KarloPrior', 'KarloDecoderConfig', 'KarloDecoder',
            'KarloUpsamplerConfig', 'KarloUpsampler', 'read_part', 'fill', 'wants', 'unet_config', 'load_prior',
-           'load_decoder', 'load_upsampler', 'scheduler_of', 'load_karlo_clip', 'Karlo', 'from_diffusers', 'write_part',
-           'their_unet', 'why_not', 'save_diffusers', 'write_tokenizer', 'tiny_karlo', 'KandinskyUNet',
+           'load_decoder', 'load_upsampler', 'scheduler_of', 'published_clip', 'load_karlo_clip', 'Karlo',
+           'from_diffusers', 'write_part', 'their_unet', 'why_not', 'save_clip', 'save_decoder', 'save_prior',
+           'save_upsampler', 'save_schedulers', 'save_diffusers', 'write_tokenizer', 'tiny_karlo', 'KandinskyUNet',
            'load_kandinsky_unet']
 
 # %% ../nbs/20_pretrained.ipynb #281adfec
@@ -30,7 +31,7 @@ from .diffusion import Schedule, Steps, ddim_sample, ddpm_sample, predict
 from .diffusion_prior import DiffusionPrior, PriorConfig, keep_best
 from .layers import TimeEmbedding
 from .pipeline import UnCLIP
-from .train import Stage, _load_json, _load_tensors, atomic_folder, load_weights
+from .train import Stage, atomic_folder, load_weights, read_json, read_tensors
 from .unet import UNet, UNetConfig
 from .upsampler import Upsampler, UpsamplerConfig
 
@@ -43,24 +44,31 @@ def pair(ours:str, theirs:str) -> Names:
 
 def pairs(ours:str, theirs:str, layers:dict[str, str]) -> Names:
     "Those of several layers of one block."
-    return {k: v for a, b in layers.items() for k, v in pair(f"{ours}.{a}", f"{theirs}.{b}").items()}
+    return {k: v for a, b in layers.items()
+            for k, v in pair(f"{ours}.{a}", f"{theirs}.{b}").items()}
 
 def stacked(ours:str, theirs:str, parts:tuple[str, ...]) -> Names:
     "One layer of ours that is several of theirs."
     return {f"{ours}.{k}": [f"{theirs}.{p}.{k}" for p in parts] for k in ("weight", "bias")}
 
 # %% ../nbs/20_pretrained.ipynb #838c4f6e
-def ours(names:Names, tensors:dict[str, Tensor], source:str|Path="weights", ignore:tuple[str, ...]=()) -> dict[str, Tensor]:
-    "Their tensors under our names. Raises `UnclipError` for a name that is missing, and for one of theirs that the table does not know."
+def ours(names:Names, tensors:dict[str, Tensor], source:str|Path="weights",
+         ignore:tuple[str, ...]=()) -> dict[str, Tensor]:
+    """Their tensors under our names. Raises `UnclipError` for a name that is missing, and for one
+    of theirs that the table does not know."""
     out, used = {}, set()
     for k, v in names.items():
         parts = [v] if isinstance(v, str) else v
         lost = [p for p in parts if p not in tensors]
-        if lost: raise UnclipError(f"{source}: no {lost[0]!r}; these are another model's weights, or its config is another's")
+        if lost:
+            raise UnclipError(f"{source}: no {lost[0]!r}; these are another model's weights, or "
+                              f"its config is another's")
         used.update(parts)
         out[k] = tensors[v] if isinstance(v, str) else torch.cat([tensors[p] for p in parts])
     left = sorted(k for k in tensors.keys() - used if not k.endswith(ignore or "\0"))
-    if left: raise UnclipError(f"{source}: an unknown {left[0]!r} ({len(left)} in all); this network has a part that ours lacks")
+    if left:
+        raise UnclipError(f"{source}: an unknown {left[0]!r} ({len(left)} in all); this network "
+                          f"has a part that ours lacks")
     return out
 
 def theirs(names:Names, state:dict[str, Tensor]) -> dict[str, Tensor]:
@@ -76,14 +84,17 @@ RES = dict(norm1="norm1", conv1="conv1", emb="time_emb_proj", norm2="norm2", con
 
 def unet_names(c:UNetConfig) -> Names:
     "Our `UNet`'s names -> those of diffusers' UNet2DModel and UNet2DConditionModel."
-    names, attends = pair("stem", "conv_in") | pair("norm", "conv_norm_out") | pair("out", "conv_out"), [s in c.attention for s in c.sides]
+    names = pair("stem", "conv_in") | pair("norm", "conv_norm_out") | pair("out", "conv_out")
+    attends = [s in c.attention for s in c.sides]
     def step(to, of, j, cin, cout, attn=False, kind="resnets"):
         names.update(pairs(f"{to}.res", f"{of}.{kind}.{j}", RES))
         if cin != cout: names.update(pair(f"{to}.res.skip", f"{of}.{kind}.{j}.conv_shortcut"))
         if not attn: return
         a, b = f"{to}.attn", f"{of}.attentions.{j}"
-        names.update(pairs(a, b, dict(norm="group_norm", out="to_out.0")) | stacked(f"{a}.qkv", b, ("to_q", "to_k", "to_v")))
-        if c.context_width: names.update(stacked(f"{a}.context_kv", b, ("add_k_proj", "add_v_proj")))
+        names.update(pairs(a, b, dict(norm="group_norm", out="to_out.0"))
+                     | stacked(f"{a}.qkv", b, ("to_q", "to_k", "to_v")))
+        if c.context_width:
+            names.update(stacked(f"{a}.context_kv", b, ("add_k_proj", "add_v_proj")))
     widths, top = [c.channels * m for m in c.channel_mult], len(c.channel_mult) - 1
     ch, i, kept = widths[0], 0, [widths[0]]
     for l, w in enumerate(widths):
@@ -112,58 +123,79 @@ def time_names(ours:str="time") -> Names:
 
 # %% ../nbs/20_pretrained.ipynb #806f5d63
 def prior_names(layers:int) -> Names:
-    "Our `DiffusionPrior` -> diffusers' PriorTransformer, whose single vectors have lost their leading axes of length one."
-    names = {"net.positions": "positional_embedding", "net.query": "prd_embedding"} | time_names("net.time")
+    """Our `DiffusionPrior` -> diffusers' PriorTransformer, whose single vectors have lost their
+    leading axes of length one."""
+    names = {"net.positions": "positional_embedding", "net.query": "prd_embedding"}
+    names |= time_names("net.time")
     names |= pair("net.text_in", "encoder_hidden_states_proj") | pair("net.zt_in", "embedding_proj")
-    names |= pair("net.zi_in", "proj_in") | pair("net.out", "proj_to_clip_embeddings") | pair("net.transformer.norm", "norm_out")
+    names |= pair("net.zi_in", "proj_in") | pair("net.out", "proj_to_clip_embeddings")
+    names |= pair("net.transformer.norm", "norm_out")
     for i in range(layers):
         a, b = f"net.transformer.blocks.{i}", f"transformer_blocks.{i}"
-        names |= pairs(a, b, {"norm1": "norm1", "norm2": "norm3", "attention.out": "attn1.to_out.0", "mlp.0": "ff.net.0.proj", "mlp.2": "ff.net.2"})
+        names |= pairs(a, b, {"norm1": "norm1", "norm2": "norm3", "attention.out": "attn1.to_out.0",
+                              "mlp.0": "ff.net.0.proj", "mlp.2": "ff.net.2"})
         names |= stacked(f"{a}.attention.qkv", f"{b}.attn1", ("to_q", "to_k", "to_v"))
     return names
 
 def hearing_names() -> Names:
     "What our `KarloDecoder` hears -> diffusers' UnCLIPTextProjModel."
-    return ({"null_zi": "learned_classifier_free_guidance_embeddings"} | pair("zt_to_time", "embedding_proj")
-            | pair("zi_to_time", "clip_image_embeddings_project_to_time_embeddings") | pair("zi_to_tokens", "clip_extra_context_tokens_proj")
-            | pair("text_in", "encoder_hidden_states_proj") | pair("text_norm", "text_encoder_hidden_states_norm"))
+    return ({"null_zi": "learned_classifier_free_guidance_embeddings"}
+            | pair("zt_to_time", "embedding_proj")
+            | pair("zi_to_time", "clip_image_embeddings_project_to_time_embeddings")
+            | pair("zi_to_tokens", "clip_extra_context_tokens_proj")
+            | pair("text_in", "encoder_hidden_states_proj")
+            | pair("text_norm", "text_encoder_hidden_states_norm"))
 
 # %% ../nbs/20_pretrained.ipynb #23d816c0
-TOWER = {"attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+TOWER = {"attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2": "layer_norm2",
+         "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
 
 def clip_names(text_layers:int, image_layers:int) -> tuple[Names, Names]:
-    "open_clip's text and image towers -> transformers' CLIPTextModelWithProjection and CLIPVisionModelWithProjection."
+    """open_clip's text and image towers -> transformers' CLIPTextModelWithProjection and
+    CLIPVisionModelWithProjection."""
     def blocks(ours, theirs, layers):
         names = {}
         for i in range(layers):
             a, b = f"{ours}.resblocks.{i}", f"{theirs}.encoder.layers.{i}"
             names |= pairs(a, b, TOWER)
-            names |= {f"{a}.attn.in_proj_{k}": [f"{b}.self_attn.{p}_proj.{k}" for p in "qkv"] for k in ("weight", "bias")}
+            names |= {f"{a}.attn.in_proj_{k}": [f"{b}.self_attn.{p}_proj.{k}" for p in "qkv"]
+                      for k in ("weight", "bias")}
         return names
-    text = blocks("transformer", "text_model", text_layers) | pair("ln_final", "text_model.final_layer_norm")
-    text |= {"token_embedding.weight": "text_model.embeddings.token_embedding.weight", "text_projection": "text_projection.weight",
+    text = blocks("transformer", "text_model", text_layers)
+    text |= pair("ln_final", "text_model.final_layer_norm")
+    text |= {"token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+             "text_projection": "text_projection.weight",
              "positional_embedding": "text_model.embeddings.position_embedding.weight"}
-    image = blocks("visual.transformer", "vision_model", image_layers) | {"visual.proj": "visual_projection.weight"}
-    image |= pair("visual.ln_pre", "vision_model.pre_layrnorm") | pair("visual.ln_post", "vision_model.post_layernorm")
-    image |= {f"visual.{a}": f"vision_model.embeddings.{b}" for a, b in (("class_embedding", "class_embedding"),
-              ("positional_embedding", "position_embedding.weight"), ("conv1.weight", "patch_embedding.weight"))}
+    image = blocks("visual.transformer", "vision_model", image_layers)
+    image |= {"visual.proj": "visual_projection.weight"}
+    image |= pair("visual.ln_pre", "vision_model.pre_layrnorm")
+    image |= pair("visual.ln_post", "vision_model.post_layernorm")
+    inputs = (("class_embedding", "class_embedding"), ("conv1.weight", "patch_embedding.weight"),
+              ("positional_embedding", "position_embedding.weight"))
+    image |= {f"visual.{a}": f"vision_model.embeddings.{b}" for a, b in inputs}
     return text, image
 
 # %% ../nbs/20_pretrained.ipynb #fa5a2d37
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 class KarloCLIP(CLIP):
-    "A CLIP whose embeddings keep their lengths, and whose pictures are resized bicubically: what Karlo was trained on."
+    """A CLIP whose embeddings keep their lengths, and whose pictures are resized bicubically: what
+    Karlo was trained on."""
     def __init__(self, config:CLIPConfig, model:nn.Module|None=None):
         super().__init__(config, OpenCLIPTokenizer("ViT-L-14"), model or karlo_towers(config))
 
     def encode_image(self, images:Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        "z_i of pictures in [-1, 1] of any size; of an oblong one the middle square is seen. **Not** of unit norm."
+        """z_i of pictures in [-1, 1] of any size; of an oblong one the middle square is seen.
+        **Not** of unit norm."""
         (h, w), n = images.shape[-2:], self.config.image_size
         s = min(h, w)
-        x = images[..., (h - s) // 2:(h + s) // 2, (w - s) // 2:(w + s) // 2].to(self.device, torch.float32)
-        if s != n: x = F.interpolate(x, (n, n), mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
-        mean, std = (x.new_tensor(v).view(3, 1, 1) for v in (self.config.image_mean, self.config.image_std))
+        x = images[..., (h - s) // 2:(h + s) // 2, (w - s) // 2:(w + s) // 2]
+        x = x.to(self.device, torch.float32)
+        if s != n:
+            x = F.interpolate(x, (n, n), mode="bicubic", antialias=True,
+                              align_corners=False).clamp(-1, 1)
+        colours = self.config.image_mean, self.config.image_std
+        mean, std = (x.new_tensor(v).view(3, 1, 1) for v in colours)
         z = self.model.visual(((x - (2 * mean - 1)) / (2 * std)).to(self.model.visual.proj.dtype))
         return wide(z)
 
@@ -172,9 +204,11 @@ class KarloCLIP(CLIP):
         return self.encode_text_tokens(captions)[0]
 
     def encode_text_tokens(self, tokens) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b n w"]]:
-        "z_t at its own length, and the tower's output at each token, zero after the end. A row of zeros is no caption: the empty one."
+        """z_t at its own length, and the tower's output at each token, zero after the end. A row
+        of zeros is no caption: the empty one."""
         tokens = self.tokens_of(tokens)
-        tokens = torch.where(tokens.any(1, keepdim=True), tokens, self.tokenizer.encode([""]).to(tokens))
+        tokens = torch.where(tokens.any(1, keepdim=True), tokens,
+                             self.tokenizer.encode([""]).to(tokens))
         text = super().encode_text_tokens(tokens)[1]
         at_end = text[torch.arange(len(text), device=text.device), tokens.argmax(1)]
         proj = self.model.text_projection
@@ -186,8 +220,10 @@ def wide(x:Tensor) -> Tensor:
 
 def karlo_towers(c:CLIPConfig) -> nn.Module:
     "open_clip's model of that config, with random weights."
-    image = dict(image_size=c.image_size, patch_size=c.patch_size, width=c.vision_width, layers=c.vision_layers, head_width=c.vision_width // c.vision_heads)
-    text = dict(context_length=c.context_length, vocab_size=c.vocab_size, width=c.text_width, heads=c.text_heads, layers=c.text_layers)
+    image = dict(image_size=c.image_size, patch_size=c.patch_size, width=c.vision_width,
+                 layers=c.vision_layers, head_width=c.vision_width // c.vision_heads)
+    text = dict(context_length=c.context_length, vocab_size=c.vocab_size, width=c.text_width,
+                heads=c.text_heads, layers=c.text_layers)
     return import_open_clip().CLIP(c.embed_dim, image, text, quick_gelu=c.quick_gelu)
 
 # %% ../nbs/20_pretrained.ipynb #51df65d9
@@ -215,7 +251,8 @@ class KarloPrior(DiffusionPrior):
     "Karlo's prior: embeddings with their lengths, the empty caption for guidance."
     def __init__(self, config:KarloPriorConfig, reader:CLIP|None=None):
         super().__init__(config)
-        object.__setattr__(self, "reader", reader)          # not a part of this stage: only for the empty caption
+        # not a part of this stage: only for the empty caption
+        object.__setattr__(self, "reader", reader)
 
     def no_caption(self, text:Tensor, zt:Tensor) -> tuple[Tensor, Tensor]:
         "The empty caption, one row: its z_t and tokens."
@@ -231,22 +268,30 @@ class KarloPrior(DiffusionPrior):
         return denoise
 
     @torch.no_grad()
-    def sample(self, text, zt, steps:int|None=None, guidance:float|None=None, generator:Generators=None, candidates:int=1,
-               cache:bool=True, sampler:str="ddpm", progress:bool|str=False) -> Float[Tensor, "b d"]:
-        "A z_i for each caption at its own length. Raises `UnclipError` for a sampler other than ddpm or ddim."
-        if sampler not in ("ddim", "ddpm"): raise UnclipError(f"unknown sampler {sampler!r} for this prior: use ddpm or ddim")
+    def sample(self, text, zt, steps:int|None=None, guidance:float|None=None,
+               generator:Generators=None, candidates:int=1,
+               cache:bool=True, sampler:str="ddpm",
+               progress:bool|str=False) -> Float[Tensor, "b d"]:
+        """A z_i for each caption at its own length. Raises `UnclipError` for a sampler other than
+        ddpm or ddim."""
+        if sampler not in ("ddim", "ddpm"):
+            raise UnclipError(f"unknown sampler {sampler!r} for this prior: use ddpm or ddim")
         c, draw = self.config, ddpm_sample if sampler == "ddpm" else ddim_sample
-        if isinstance(generator, (list, tuple)): generator = [g for g in generator for _ in range(candidates)]
+        if isinstance(generator, (list, tuple)):
+            generator = [g for g in generator for _ in range(candidates)]
         x_T = randn((len(zt) * candidates, zt.shape[1]), generator, zt.device)
-        denoise = self.denoiser(text, zt, c.guidance if guidance is None else guidance, candidates, cache)
-        x = draw(denoise, x_T, self.schedule, steps or c.steps, generator=generator, clip=False, progress=progress)
+        denoise = self.denoiser(text, zt, c.guidance if guidance is None else guidance, candidates,
+                                cache)
+        x = draw(denoise, x_T, self.schedule, steps or c.steps, generator=generator, clip=False,
+                 progress=progress)
         z = self.stats.inverse(x).unflatten(0, (len(zt), candidates))
         return keep_best(z, F.normalize(zt, dim=-1)) if candidates > 1 else z[:, 0]
 
 # %% ../nbs/20_pretrained.ipynb #9e8eedc7
 @dataclass
 class KarloDecoderConfig(DecoderConfig):
-    "Karlo's sizes and settings of the decoder. `text_width` is that of the context tokens, `clip_dim` CLIP's."
+    """Karlo's sizes and settings of the decoder. `text_width` is that of the context tokens,
+    `clip_dim` CLIP's."""
     image_size:int=64
     channels:int=320
     channel_mult:tuple[int, ...]=(1, 2, 3, 4)
@@ -278,24 +323,31 @@ class KarloDecoder(Decoder):
     def __init__(self, config:KarloDecoderConfig, reader:CLIP|None=None):
         Stage.__init__(self, config)
         c, width = config, 4 * config.channels
-        object.__setattr__(self, "reader", reader)          # not a part of this stage: it reads the captions
+        # not a part of this stage: it reads the captions
+        object.__setattr__(self, "reader", reader)
         self.schedule = Schedule(c.schedule, c.T)
-        self.unet = UNet(UNetConfig(c.image_size, 3, 6 if c.learned_variance else 3, c.channels, c.channel_mult, c.res_blocks,
+        self.unet = UNet(UNetConfig(c.image_size, 3, 6 if c.learned_variance else 3, c.channels,
+                                    c.channel_mult, c.res_blocks,
             c.attention, c.head_channels, context_width=c.text_width))
         self.time = TimeEmbedding(c.channels, width)
         self.null_zi = nn.Parameter(torch.zeros(c.clip_dim))
-        self.zi_to_time, self.zt_to_time = nn.Linear(c.clip_dim, width), nn.Linear(c.clip_dim, width)
+        self.zi_to_time = nn.Linear(c.clip_dim, width)
+        self.zt_to_time = nn.Linear(c.clip_dim, width)
         self.zi_to_tokens = nn.Linear(c.clip_dim, c.clip_tokens * c.text_width)
-        self.text_in, self.text_norm = nn.Linear(c.clip_dim, c.text_width), nn.LayerNorm(c.text_width)
+        self.text_in = nn.Linear(c.clip_dim, c.text_width)
+        self.text_norm = nn.LayerNorm(c.text_width)
 
-    def condition(self, zi:Float[Tensor, "b d"], tokens:Int[Tensor, "b n"], keep_zi:Tensor|None=None) -> tuple[Tensor, tuple]:
-        "A vector for the time embedding, and the tokens (z_i's, then the caption's) with the mask of those that are there."
+    def condition(self, zi:Float[Tensor, "b d"], tokens:Int[Tensor, "b n"],
+                  keep_zi:Tensor|None=None) -> tuple[Tensor, tuple]:
+        """A vector for the time embedding, and the tokens (z_i's, then the caption's) with the
+        mask of those that are there."""
         zt, text = self.reader.encode_text_tokens(tokens)
         zi, zt, words = (x.to(self.null_zi.dtype) for x in (zi, zt, text))
         if keep_zi is not None: zi = torch.where(keep_zi[:, None], zi, self.null_zi)
         extra = rearrange(self.zi_to_tokens(zi), "b (k w) -> b k w", k=self.config.clip_tokens)
         context = torch.cat([extra, self.text_norm(self.text_in(words))], 1)
-        return self.zi_to_time(zi) + self.zt_to_time(zt), (context, F.pad(text.any(-1), (self.config.clip_tokens, 0), value=True))
+        keep = F.pad(text.any(-1), (self.config.clip_tokens, 0), value=True)
+        return self.zi_to_time(zi) + self.zt_to_time(zt), (context, keep)
 
     def network(self, x_t, t, vector, context):
         "The U-Net's raw answer: x_t stays float32 and is cast here, at the network's door."
@@ -315,7 +367,8 @@ class KarloUpsamplerConfig(UpsamplerConfig):
     @property
     def unet(self) -> UNetConfig:
         "No attention, and the embedding is added."
-        return UNetConfig(self.size, 6, 3, self.channels, self.channel_mult, self.res_blocks, (), film=False)
+        return UNetConfig(self.size, 6, 3, self.channels, self.channel_mult, self.res_blocks, (),
+                          film=False)
     @property
     def draw(self) -> dict:
         "What the pipeline takes where its caller says nothing."
@@ -330,90 +383,130 @@ class KarloUpsampler(Upsampler):
         self.last_unet, self.last_time = UNet(config.unet), TimeEmbedding(config.channels, width)
 
     def denoiser(self, low_res:Float[Tensor, "b c h w"]):
-        "A function (x_t, t) -> Prediction with the small picture inside; at t = 0 the last step's network answers."
-        big = F.interpolate(low_res, scale_factor=self.config.factor, mode="bicubic", align_corners=False, antialias=True)
+        """A function (x_t, t) -> Prediction with the small picture inside; at t = 0 the last
+        step's network answers."""
+        big = F.interpolate(low_res, scale_factor=self.config.factor, mode="bicubic",
+                            align_corners=False, antialias=True)
         def denoise(x_t, t):
             unet, time = (self.last_unet, self.last_time) if t[0] == 0 else (self.unet, self.time)
             emb = time(t)
-            return predict(self.schedule, "eps", unet(torch.cat([x_t, big], 1).to(emb.dtype), emb), x_t, t)
+            return predict(self.schedule, "eps", unet(torch.cat([x_t, big], 1).to(emb.dtype), emb),
+                           x_t, t)
         return denoise
 
     @torch.no_grad()
-    def sample(self, low_res:Float[Tensor, "b c h w"], steps:Steps|None=None, generator:Generators=None, eta:float=1.,
+    def sample(self, low_res:Float[Tensor, "b c h w"], steps:Steps|None=None,
+               generator:Generators=None, eta:float=1.,
                progress:bool|str=False, pixels:int=2 ** 18) -> Float[Tensor, "b c H W"]:
         "Large pictures in [-1, 1], a few at a time. `eta` must be 1: the steps are ancestral."
-        if eta != 1: raise UnclipError(f"eta {eta:g}: this upsampler draws with ancestral steps, eta 1")
+        if eta != 1:
+            raise UnclipError(f"eta {eta:g}: this upsampler draws with ancestral steps, eta 1")
         b, c, h, w = low_res.shape
         f = self.config.factor
-        x_T, n = randn((b, c, f * h, f * w), generator, low_res.device), max(1, pixels // (f * h * f * w))
+        x_T = randn((b, c, f * h, f * w), generator, low_res.device)
+        n = max(1, pixels // (f * h * f * w))
         def some(i):
             rows = slice(i, i + n)
             g = generator[rows] if isinstance(generator, (list, tuple)) else generator
-            return ddpm_sample(self.denoiser(low_res[rows]), x_T[rows], self.schedule, steps or self.config.steps, g, progress=progress)
+            return ddpm_sample(self.denoiser(low_res[rows]), x_T[rows], self.schedule, steps
+                               or self.config.steps, g, progress=progress)
         return torch.cat([some(i) for i in range(0, b, n)]).clamp(-1, 1)
 
 # %% ../nbs/20_pretrained.ipynb #e3719a89
-FILES = {"text_encoder": "model", "image_encoder": "model"}      # the other parts: diffusion_pytorch_model
+# the other parts: diffusion_pytorch_model
+FILES = {"text_encoder": "model", "image_encoder": "model"}
 
 def read_part(
     folder:str|Path,         # of a published system
     part:str,                # such as decoder
     variant:str|None=None,   # such as fp16: the part's second set of weights
 ) -> tuple[dict, dict[str, Tensor]]:
-    "The config and tensors of one part. Raises `UnclipError` where it is absent, damaged, or there as pickles only."
+    """The config and tensors of one part. Raises `UnclipError` where it is absent, damaged, or
+    there as pickles only."""
     here, stem = Path(folder)/part, FILES.get(part, "diffusion_pytorch_model")
     if not here.is_dir(): raise UnclipError(f"{folder} lacks {part}: download that folder too")
-    config, file = _load_json(here/"config.json"), here/f"{stem}{f'.{variant}' if variant else ''}.safetensors"
+    config = read_json(here/"config.json")
+    file = here/f"{stem}{f'.{variant}' if variant else ''}.safetensors"
     if not file.is_file():
-        pickles = sorted(p.name for p in here.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"))
+        kinds = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+        pickles = sorted(p.name for p in here.iterdir() if p.suffix in kinds)
         others = sorted(p.name for p in here.iterdir() if p.suffix == ".safetensors")
-        if others: raise UnclipError(f"{here} has no {file.name}, only {', '.join(others)}: choose another variant, or join the shards")
-        if pickles: raise UnclipError(f"{here} has pickles only ({pickles[0]}), which can run any program and are never opened: get {file.name}")
+        if any("-of-" in name for name in others):
+            raise UnclipError(f"{here} holds {stem} in {len(others)} shards ({others[0]}, ...): "
+                              f"join them into {file.name}")
+        if others:
+            raise UnclipError(f"{here} has no {file.name}, only {', '.join(others)}: choose "
+                              f"another variant")
+        if pickles:
+            raise UnclipError(f"{here} has pickles only ({pickles[0]}), which can run any program "
+                              f"and are never opened: get {file.name}")
         raise UnclipError(f"{file} is missing: download it")
-    return config, _load_tensors(file)
+    return config, read_tensors(file)
 
-def fill(make:Callable[[], Stage], tensors:dict[str, Tensor], dtype:torch.dtype|None, source:str|Path) -> Stage:
-    "A stage made of those tensors without allocating it twice: parameters in `dtype`, statistics in float32."
+def fill(make:Callable[[], Stage], tensors:dict[str, Tensor], dtype:torch.dtype|None,
+         source:str|Path) -> Stage:
+    """A stage made of those tensors without allocating it twice: parameters in `dtype`, statistics
+    in float32."""
     with torch.device("meta"): stage = make()
     stage.schedule = Schedule(stage.config.schedule, stage.config.T)
     params = {k for k, _ in stage.named_parameters()}
-    tensors = {k: v.to(dtype or torch.float32) if k in params else v.float() for k, v in tensors.items()}
+    def cast(k, v): return v.to(dtype or torch.float32) if k in params else v.float()
+    tensors = {k: cast(k, v) for k, v in tensors.items()}
     load_weights(stage, tensors, source, assign=True)
     return stage.eval().requires_grad_(False)
 
 # %% ../nbs/20_pretrained.ipynb #506e6dfc
 def wants(config:dict, part:str, **values):
-    "Raises `UnclipError` where a config says something that our networks cannot do. A key that is absent is at its default."
+    """Raises `UnclipError` where a config says something that our networks cannot do. A key that
+    is absent is at its default."""
     for k, allowed in values.items():
         found = config.get(k, allowed[0])
-        if found not in allowed: raise UnclipError(f"the {part}'s config has {k} = {found!r}: this package loads {' or '.join(map(repr, allowed))}")
+        if found not in allowed:
+            raise UnclipError(f"the {part}'s config has {k} = {found!r}: this package loads "
+                              f"{' or '.join(map(repr, allowed))}")
 
 def unet_config(config:dict, part:str, size:int|None=None) -> UNetConfig:
     "Our U-Net's config for one of theirs. Raises `UnclipError` for blocks that ours lacks."
     widths, side = config["block_out_channels"], size or config["sample_size"]
-    wants(config, part, act_fn=("silu",), norm_eps=(1e-5,), norm_num_groups=(32,), center_input_sample=(False,), flip_sin_to_cos=(True,),
-          freq_shift=(0,), mid_block_scale_factor=(1, 1.0), resnet_time_scale_shift=("default", "scale_shift"))
+    wants(config, part, act_fn=("silu",), norm_eps=(1e-5,), norm_num_groups=(32,),
+          center_input_sample=(False,), flip_sin_to_cos=(True,),
+          freq_shift=(0,), mid_block_scale_factor=(1, 1.0), resnet_time_scale_shift=("default",
+              "scale_shift"))
     kinds = {"ResnetDownsampleBlock2D": False, "SimpleCrossAttnDownBlock2D": True}
     odd = [b for b in config["down_block_types"] if b not in kinds]
-    if odd: raise UnclipError(f"the {part} is built of {odd[0]}, which our U-Net lacks: only Karlo's and Kandinsky's blocks can be loaded")
+    if odd:
+        raise UnclipError(f"the {part} is built of {odd[0]}, which our U-Net lacks: only Karlo's "
+                          f"and Kandinsky's blocks can be loaded")
     if any(w % 32 or w < 128 for w in widths) or any(w % widths[0] for w in widths):
-        raise UnclipError(f"the {part} has widths {widths}: they must be multiples of the first, and of 32 from 128 on")
+        raise UnclipError(f"the {part} has widths {widths}: they must be multiples of the first, "
+                          f"and of 32 from 128 on")
     attends = [kinds[b] for b in config["down_block_types"]]
     heads = config["attention_head_dim"] if any(attends) else 32
-    return UNetConfig(side, config["in_channels"], config["out_channels"], widths[0], tuple(w // widths[0] for w in widths),
-        config["layers_per_block"], tuple(side // 2 ** i for i, a in enumerate(attends) if a), heads,
-        context_width=config.get("cross_attention_dim") or 0 if any(attends) else 0, film=config.get("resnet_time_scale_shift") == "scale_shift")
+    return UNetConfig(side, config["in_channels"], config["out_channels"], widths[0],
+                      tuple(w // widths[0] for w in widths),
+        config["layers_per_block"], tuple(side // 2 ** i for i, a in enumerate(attends) if a),
+        heads,
+        context_width=config.get("cross_attention_dim") or 0 if any(attends) else 0,
+        film=config.get("resnet_time_scale_shift") == "scale_shift")
 
 # %% ../nbs/20_pretrained.ipynb #101e0fd5
-def load_prior(folder, reader:CLIP, dtype=None, variant=None, scheduler:str="prior_scheduler") -> KarloPrior:
-    "The prior of a published folder: PriorTransformer, with its scheduler's limit. Raises `UnclipError` for another kind."
+def load_prior(folder, reader:CLIP, dtype=None, variant=None,
+               scheduler:str="prior_scheduler") -> KarloPrior:
+    """The prior of a published folder: PriorTransformer, with its scheduler's limit. Raises
+    `UnclipError` for another kind."""
     c, theirs = read_part(folder, "prior", variant)
-    wants(c, "prior", additional_embeddings=(4,), added_emb_type=("prd",), encoder_hid_proj_type=("linear",), time_embed_act_fn=("silu",),
-          norm_in_type=(None,), embedding_proj_norm_type=(None,), time_embed_dim=(None,), embedding_proj_dim=(None,), clip_embed_dim=(None,))
-    noise = scheduler_of(folder, scheduler, prediction_type=("sample",), variance_type=("fixed_small_log",))
+    wants(c, "prior", additional_embeddings=(4,), added_emb_type=("prd",),
+          encoder_hid_proj_type=("linear",), time_embed_act_fn=("silu",),
+          norm_in_type=(None,), embedding_proj_norm_type=(None,), time_embed_dim=(None,),
+          embedding_proj_dim=(None,), clip_embed_dim=(None,))
+    noise = scheduler_of(folder, scheduler, prediction_type=("sample",),
+                         variance_type=("fixed_small_log",))
     heads, d, n = c["num_attention_heads"], c["embedding_dim"], c["num_embeddings"]
-    theirs = {k: v[0] if k == "positional_embedding" else v.flatten() if k in ("prd_embedding", "clip_mean", "clip_std") else v for k, v in theirs.items()}
-    config = KarloPriorConfig(clip_dim=d, text_width=d, context_length=n, width=heads * c["attention_head_dim"], layers=c["num_layers"], heads=heads,
+    theirs = {k: v[0] if k == "positional_embedding" else v.flatten()
+              if k in ("prd_embedding", "clip_mean", "clip_std") else v for k, v in theirs.items()}
+    config = KarloPriorConfig(clip_dim=d, text_width=d, context_length=n,
+                              width=heads * c["attention_head_dim"], layers=c["num_layers"],
+                              heads=heads,
         limit=noise.get("clip_sample_range", 5.0), clip_fingerprint=reader.fingerprint)
     where = Path(folder)/"prior"
     names = prior_names(config.layers) | {"stats.mean": "clip_mean", "stats.matrix": "clip_std"}
@@ -422,44 +515,73 @@ def load_prior(folder, reader:CLIP, dtype=None, variant=None, scheduler:str="pri
     return fill(lambda: KarloPrior(config, reader), own, dtype, where)
 
 def load_decoder(folder, reader:CLIP, dtype=None, variant=None) -> KarloDecoder:
-    "The decoder of a published folder: a UNet2DConditionModel and what it hears, UnCLIPTextProjModel."
+    """The decoder of a published folder: a UNet2DConditionModel and what it hears,
+    UnCLIPTextProjModel."""
     c, theirs = read_part(folder, "decoder", variant)
     h, hears = read_part(folder, "text_proj", variant)
-    wants(c, "decoder", class_embed_type=("identity",), encoder_hid_dim_type=(None,), addition_embed_type=(None,), in_channels=(3,), out_channels=(6,))
-    scheduler_of(folder, "decoder_scheduler", prediction_type=("epsilon",), variance_type=("learned_range",))
+    wants(c, "decoder", class_embed_type=("identity",), encoder_hid_dim_type=(None,),
+          addition_embed_type=(None,), in_channels=(3,), out_channels=(6,))
+    scheduler_of(folder, "decoder_scheduler", prediction_type=("epsilon",),
+                 variance_type=("learned_range",))
     u, k = unet_config(c, "decoder"), h.get("clip_extra_context_tokens", 4)
-    config = KarloDecoderConfig(image_size=u.image_size, channels=u.channels, channel_mult=u.channel_mult, res_blocks=u.res_blocks, attention=u.attention,
-        head_channels=u.head_channels, text_width=u.context_width, clip_dim=h["clip_embeddings_dim"], clip_tokens=k, context_length=reader.context_length,
+    config = KarloDecoderConfig(image_size=u.image_size, channels=u.channels,
+                                channel_mult=u.channel_mult, res_blocks=u.res_blocks,
+                                attention=u.attention,
+        head_channels=u.head_channels, text_width=u.context_width,
+        clip_dim=h["clip_embeddings_dim"], clip_tokens=k, context_length=reader.context_length,
         vocab_size=reader.config.vocab_size, clip_fingerprint=reader.fingerprint)
     where = Path(folder)/"decoder"
     own = ours({f"unet.{k}": v for k, v in unet_names(u).items()} | time_names(), theirs, where)
-    hears = {n: rearrange(v, "(w k) ... -> (k w) ...", k=k) if n.startswith("clip_extra_context_tokens_proj") else v for n, v in hears.items()}
+    hears = {n: rearrange(v, "(w k) ... -> (k w) ...", k=k)
+             if n.startswith("clip_extra_context_tokens_proj") else v for n, v in hears.items()}
     own |= ours(hearing_names(), hears, Path(folder)/"text_proj")
     return fill(lambda: KarloDecoder(config, reader), own, dtype, where)
 
 def load_upsampler(folder, low_size:int, dtype=None, variant=None) -> KarloUpsampler:
     "The upsampler of a published folder: two UNet2DModels, the second for the last step."
-    (c, first), (c2, last) = read_part(folder, "super_res_first", variant), read_part(folder, "super_res_last", variant)
-    wants(c, "super_res_first", in_channels=(6,), out_channels=(3,), add_attention=(False,), time_embedding_type=("positional",))
-    scheduler_of(folder, "super_res_scheduler", prediction_type=("epsilon",), variance_type=("fixed_small_log",))
+    c, first = read_part(folder, "super_res_first", variant)
+    c2, last = read_part(folder, "super_res_last", variant)
+    wants(c, "super_res_first", in_channels=(6,), out_channels=(3,), add_attention=(False,),
+          time_embedding_type=("positional",))
+    scheduler_of(folder, "super_res_scheduler", prediction_type=("epsilon",),
+                 variance_type=("fixed_small_log",))
     u = unet_config(c, "super_res_first")
-    if unet_config(c2, "super_res_last", u.image_size) != u: raise UnclipError(f"{folder}: super_res_first and super_res_last have unlike sizes")
-    if u.film: raise UnclipError(f"{folder}: this upsampler's embedding scales and shifts, Karlo's is added: it is another model's")
-    config = KarloUpsamplerConfig(low_size=low_size, factor=u.image_size // low_size, channels=u.channels, channel_mult=u.channel_mult, res_blocks=u.res_blocks)
+    if unet_config(c2, "super_res_last", u.image_size) != u:
+        raise UnclipError(f"{folder}: super_res_first and super_res_last have unlike sizes")
+    if u.film:
+        raise UnclipError(f"{folder}: this upsampler's embedding scales and shifts, Karlo's is "
+                          f"added: it is another model's")
+    config = KarloUpsamplerConfig(low_size=low_size, factor=u.image_size // low_size,
+                                  channels=u.channels, channel_mult=u.channel_mult,
+                                  res_blocks=u.res_blocks)
     own = {}
-    for prefix, part, tensors in (("", "super_res_first", first), ("last_", "super_res_last", last)):
-        names = {f"{prefix}unet.{k}": v for k, v in unet_names(u).items()} | time_names(f"{prefix}time")
+    for prefix, part, tensors in (("", "super_res_first", first),
+                                  ("last_", "super_res_last", last)):
+        names = {f"{prefix}unet.{k}": v for k, v in unet_names(u).items()}
+        names |= time_names(f"{prefix}time")
         own |= ours(names, tensors, Path(folder)/part)
     return fill(lambda: KarloUpsampler(config), own, dtype, Path(folder)/"super_res_first")
 
 def scheduler_of(folder, name:str, **values) -> dict:
     "A scheduler's config, checked. A folder without one is Karlo's as published."
     file = Path(folder)/name/"scheduler_config.json"
-    config = _load_json(file) if file.is_file() else {}
+    config = read_json(file) if file.is_file() else {}
     wants(config, name, num_train_timesteps=(1000,), **values)
     return config
 
 # %% ../nbs/20_pretrained.ipynb #942e592b
+def published_clip(folder:str|Path) -> CLIP:
+    """OpenAI's ViT-L/14, for a folder without an image_encoder. Raises `UnclipError` where it
+    cannot be loaded."""
+    try:
+        return load_clip("ViT-L-14:openai")
+    except UnclipError as e:
+        raise UnclipError(
+            f"{folder} has no image_encoder, and ViT-L-14:openai could not be loaded "
+            f"({str(e)[:120]}): copy the image_encoder of "
+            f"karlo-v1-alpha-image-variations into the folder, or name a file with "
+            f"clip='ViT-L-14:FILE'") from None
+
 def load_karlo_clip(folder, clip:str|CLIP|None=None, dtype=None, variant=None) -> KarloCLIP:
     "The CLIP of a published folder. Raises `UnclipError` where `clip` is another one."
     tc, text = read_part(folder, "text_encoder", variant)
@@ -467,20 +589,31 @@ def load_karlo_clip(folder, clip:str|CLIP|None=None, dtype=None, variant=None) -
     word = text["text_model.embeddings.token_embedding.weight"]
     if clip is None and (Path(folder)/"image_encoder").is_dir():
         vc, image = read_part(folder, "image_encoder", variant)
-        config = CLIPConfig(embed_dim=tc["projection_dim"], image_size=vc["image_size"], vision="vit", vision_width=vc["hidden_size"],
-            vision_layers=vc["num_hidden_layers"], vision_heads=vc["num_attention_heads"], patch_size=vc["patch_size"], text_width=tc["hidden_size"],
-            text_layers=tc["num_hidden_layers"], text_heads=tc["num_attention_heads"], context_length=tc["max_position_embeddings"],
-            vocab_size=tc["vocab_size"], quick_gelu=True, image_mean=OPENAI_MEAN, image_std=OPENAI_STD)
+        config = CLIPConfig(embed_dim=tc["projection_dim"], image_size=vc["image_size"],
+                            vision="vit", vision_width=vc["hidden_size"],
+            vision_layers=vc["num_hidden_layers"], vision_heads=vc["num_attention_heads"],
+            patch_size=vc["patch_size"], text_width=tc["hidden_size"],
+            text_layers=tc["num_hidden_layers"], text_heads=tc["num_attention_heads"],
+            context_length=tc["max_position_embeddings"],
+            vocab_size=tc["vocab_size"], quick_gelu=True, image_mean=OPENAI_MEAN,
+            image_std=OPENAI_STD)
         model = KarloCLIP(config)
         text_names, image_names = clip_names(config.text_layers, config.vision_layers)
-        text, image = ({k: v.T if k in ("text_projection.weight", "visual_projection.weight") else v for k, v in s.items()} for s in (text, image))
-        own = ours(text_names, text, Path(folder)/"text_encoder", ("position_ids",)) | ours(image_names, image, Path(folder)/"image_encoder", ("position_ids",))
+        text, image = ({k: v.T if k in ("text_projection.weight", "visual_projection.weight") else v
+                        for k, v in s.items()} for s in (text, image))
+        own = ours(text_names, text, Path(folder)/"text_encoder", ("position_ids",))
+        own |= ours(image_names, image, Path(folder)/"image_encoder", ("position_ids",))
         load_weights(model.model, own | {"logit_scale": model.model.logit_scale.detach()}, folder)
     else:
-        found = load_clip(clip or "ViT-L-14:openai") if clip is None or isinstance(clip, (str, Path)) else clip
+        if clip is None: found = published_clip(folder)
+        else: found = load_clip(clip) if isinstance(clip, (str, Path)) else clip
         tokens = getattr(found.model, "token_embedding", None)
-        if tokens is None or tokens.weight.shape != word.shape or not torch.allclose(tokens.weight[:256].float().cpu(), word[:256].float(), atol=2e-3):
-            raise UnclipError(f"this CLIP is not the one in {folder}: use ViT-L-14:openai, or leave clip out")
+        same = tokens is not None and tokens.weight.shape == word.shape
+        if same:
+            same = torch.allclose(tokens.weight[:256].float().cpu(), word[:256].float(), atol=2e-3)
+        if not same:
+            raise UnclipError(f"this CLIP is not the one in {folder}: use ViT-L-14:openai, or "
+                              f"leave clip out")
         model = KarloCLIP(found.config, found.model)
     return model.to(dtype or torch.float32).eval().requires_grad_(False)
 
@@ -489,145 +622,223 @@ KINDS = ("UnCLIPPipeline", "UnCLIPImageVariationPipeline")
 
 class Karlo(UnCLIP):
     "An `UnCLIP` of Karlo's shape. It saves itself in the format it came in."
-    def save_pretrained(self, folder:str|Path, dtype:torch.dtype|None=None): save_diffusers(self, folder, dtype)
+    def save_pretrained(self, folder:str|Path, dtype:torch.dtype|None=None):
+        save_diffusers(self, folder, dtype)
 
 def from_diffusers(
     folder:str|Path,               # with model_index.json and a folder for each part
     prior:bool=True,               # False: leave it out; edits need none
     clip:str|CLIP|None=None,       # instead of the folder's image_encoder: NAME:WEIGHTS or a CLIP
-    dtype:torch.dtype|None=None,   # of the parameters: float32 by default; embeddings, x_T and statistics are always float32
+    dtype:torch.dtype|None=None,   # of the parameters; embeddings, x_T, statistics stay float32
     variant:str|None=None,         # such as fp16, where a folder has several sets of weights
     device:str|torch.device="auto",
-    offload:bool=False,            # keep the stages in main memory and send each to the device for its work alone
+    offload:bool=False,            # stages stay in main memory and visit the device for their work
 ) -> Karlo:
-    "A system from a published folder, without diffusers. Raises `UnclipError` where a part is missing, damaged, of another shape or a pickle."
+    """A system from a published folder, without diffusers. Raises `UnclipError` where a part is
+    missing, damaged, of another shape or a pickle."""
     folder, where = Path(folder), pick_device(device)
-    kind = _load_json(folder/"model_index.json").get("_class_name")
-    if kind not in KINDS: raise UnclipError(f"{folder} holds a {kind}: this package loads {' and '.join(KINDS)}")
+    kind = read_json(folder/"model_index.json").get("_class_name")
+    if kind not in KINDS:
+        raise UnclipError(f"{folder} holds a {kind}: this package loads {' and '.join(KINDS)}")
     reader = load_karlo_clip(folder, clip, dtype, variant)
     has_prior = prior and (kind == KINDS[0] or (folder/"prior").is_dir())
-    stages = dict(prior=load_prior(folder, reader, dtype, variant) if has_prior else None, decoder=load_decoder(folder, reader, dtype, variant))
+    stages = dict(prior=load_prior(folder, reader, dtype, variant) if has_prior else None,
+                  decoder=load_decoder(folder, reader, dtype, variant))
     widths = {k: s.config.clip_dim for k, s in stages.items() if s is not None}
     wrong = [k for k, d in widths.items() if d != reader.dim]
-    if wrong: raise UnclipError(f"the {wrong[0]} wants embeddings of {widths[wrong[0]]} numbers, this CLIP gives {reader.dim}: the folder mixes two systems")
+    if wrong:
+        raise UnclipError(f"the {wrong[0]} wants embeddings of {widths[wrong[0]]} numbers, this "
+                          f"CLIP gives {reader.dim}: the folder mixes two systems")
     size = stages["decoder"].config.image_size
-    if (folder/"super_res_first").is_dir(): stages["upsampler1"] = load_upsampler(folder, size, dtype, variant)
+    if (folder/"super_res_first").is_dir():
+        stages["upsampler1"] = load_upsampler(folder, size, dtype, variant)
     model = Karlo(reader, **stages)
     if offload: model.offload = where
     return model if offload else model.to(where)
 
 # %% ../nbs/20_pretrained.ipynb #e970cadc
-def write_part(folder:str|Path, part:str, kind:str, config:dict, tensors:dict[str, Tensor], dtype:torch.dtype|None=None):
+def write_part(folder:str|Path, part:str, kind:str, config:dict, tensors:dict[str, Tensor],
+               dtype:torch.dtype|None=None):
     "One part: config.json and safetensors, all or nothing."
     stem = FILES.get(part, "diffusion_pytorch_model")
     with atomic_folder(Path(folder)/part) as tmp:
         (tmp/"config.json").write_text(json.dumps({"_class_name": kind} | config, indent=2) + "\n")
-        tensors = {k: v.detach().to("cpu", dtype or torch.float32).clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+        def plain(v):
+            v = v.detach().to("cpu", dtype or torch.float32)
+            return v.clone(memory_format=torch.contiguous_format)
+        tensors = {k: plain(v) for k, v in tensors.items()}
         save_file(tensors, tmp/f"{stem}.safetensors", metadata={"format": "pt"})
 
 def their_unet(c:UNetConfig, kind:str, **more) -> dict:
     "The config that diffusers' class needs to build our U-Net."
     cross, films = kind == "UNet2DConditionModel", c.film
-    down = ["SimpleCrossAttnDownBlock2D" if s in c.attention else "ResnetDownsampleBlock2D" for s in c.sides]
-    up = ["SimpleCrossAttnUpBlock2D" if s in c.attention else "ResnetUpsampleBlock2D" for s in c.sides[::-1]]
-    out = dict(sample_size=c.image_size, in_channels=c.in_channels, out_channels=c.out_channels, block_out_channels=[c.channels * m for m in c.channel_mult],
-        layers_per_block=c.res_blocks, down_block_types=down, up_block_types=up, resnet_time_scale_shift="scale_shift" if films else "default")
-    if cross: out |= dict(mid_block_type="UNetMidBlock2DSimpleCrossAttn", cross_attention_dim=c.context_width, attention_head_dim=c.head_channels, class_embed_type="identity")
+    down = ["SimpleCrossAttnDownBlock2D" if s in c.attention else "ResnetDownsampleBlock2D"
+            for s in c.sides]
+    up = ["SimpleCrossAttnUpBlock2D" if s in c.attention else "ResnetUpsampleBlock2D"
+          for s in c.sides[::-1]]
+    out = dict(sample_size=c.image_size, in_channels=c.in_channels, out_channels=c.out_channels,
+               block_out_channels=[c.channels * m for m in c.channel_mult],
+        layers_per_block=c.res_blocks, down_block_types=down, up_block_types=up,
+        resnet_time_scale_shift="scale_shift" if films else "default")
+    if cross:
+        out |= dict(mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+                    cross_attention_dim=c.context_width, attention_head_dim=c.head_channels,
+                    class_embed_type="identity")
     else: out |= dict(add_attention=False)
     return out | more
 
 def why_not(model:UnCLIP) -> str:
     "Why a system cannot be written in Karlo's format; empty where it can."
-    for name, cls in (("clip", KarloCLIP), ("decoder", KarloDecoder), ("prior", KarloPrior), ("upsampler1", KarloUpsampler)):
+    for name, cls in (("clip", KarloCLIP), ("decoder", KarloDecoder), ("prior", KarloPrior),
+                      ("upsampler1", KarloUpsampler)):
         stage = getattr(model, name)
         if stage is None or isinstance(stage, cls): continue
         c = stage.config
-        return {"clip": "its CLIP gives embeddings of unit norm", "prior": "its prior learns vectors for padding and for no caption",
+        return {"clip": "its CLIP gives embeddings of unit norm",
+                "prior": "its prior learns vectors for padding and for no caption",
                 "upsampler1": "its upsampler has one network and scales by the embedding",
-                "decoder": "its decoder " + ("folds patches of pixels" if getattr(c, "patch", 1) > 1 else "reads captions with a Transformer of its own")}[name]
-    if model.ar_prior is not None or model.upsampler2 is not None: return "it has an AR prior or a second upsampler"
-    widths = [model.decoder.config.channels] + [model.upsampler1.config.channels] * (model.upsampler1 is not None)
-    return "its U-Nets are narrower than 128, where ours takes fewer than 32 groups" if min(widths) < 128 else ""
+                "decoder": "its decoder " + ("folds patches of pixels" if getattr(c, "patch", 1) > 1
+                    else "reads captions with a Transformer of its own")}[name]
+    if model.ar_prior is not None or model.upsampler2 is not None:
+        return "it has an AR prior or a second upsampler"
+    widths = [s.config.channels for s in (model.decoder, model.upsampler1) if s is not None]
+    narrow = "its U-Nets are narrower than 128, where ours takes fewer than 32 groups"
+    return narrow if min(widths) < 128 else ""
 
-def save_diffusers(model:UnCLIP, folder:str|Path, dtype:torch.dtype|None=None):
-    "Write a system of Karlo's shape as a folder of diffusers. Raises `UnclipError`, with the reason, for any other system."
-    reason = why_not(model)
-    if reason: raise UnclipError(f"this system cannot be written in Karlo's format: {reason}; use UnCLIP.save_pretrained")
-    c, index = model.clip.config, {"_class_name": KINDS[0], "_diffusers_version": "0.11.0"}
+def save_clip(folder:str|Path, stage:KarloCLIP, dtype:torch.dtype|None=None):
+    "CLIP as text_encoder, image_encoder and tokenizer."
+    c = stage.config
     text_names, image_names = clip_names(c.text_layers, c.vision_layers)
-    state = model.clip.model.state_dict()
+    state = stage.model.state_dict()
     turned = {k: v.T if k in ("text_projection", "visual.proj") else v for k, v in state.items()}
     shared = dict(projection_dim=c.embed_dim, hidden_act="quick_gelu")
-    write_part(folder, "text_encoder", "CLIPTextModelWithProjection", shared | dict(model_type="clip_text_model", hidden_size=c.text_width,
-        intermediate_size=4 * c.text_width, num_hidden_layers=c.text_layers, num_attention_heads=c.text_heads, max_position_embeddings=c.context_length,
-        vocab_size=c.vocab_size, bos_token_id=0, eos_token_id=2, pad_token_id=1), theirs(text_names, turned), dtype)
-    write_part(folder, "image_encoder", "CLIPVisionModelWithProjection", shared | dict(model_type="clip_vision_model", hidden_size=c.vision_width,
-        intermediate_size=4 * c.vision_width, num_hidden_layers=c.vision_layers, num_attention_heads=c.vision_heads, image_size=c.image_size,
+    write_part(folder, "text_encoder", "CLIPTextModelWithProjection", shared
+               | dict(model_type="clip_text_model", hidden_size=c.text_width,
+        intermediate_size=4 * c.text_width, num_hidden_layers=c.text_layers,
+        num_attention_heads=c.text_heads, max_position_embeddings=c.context_length,
+        vocab_size=c.vocab_size, bos_token_id=0, eos_token_id=2, pad_token_id=1),
+        theirs(text_names, turned), dtype)
+    write_part(folder, "image_encoder", "CLIPVisionModelWithProjection", shared
+               | dict(model_type="clip_vision_model", hidden_size=c.vision_width,
+        intermediate_size=4 * c.vision_width, num_hidden_layers=c.vision_layers,
+        num_attention_heads=c.vision_heads, image_size=c.image_size,
         patch_size=c.patch_size), theirs(image_names, turned), dtype)
     write_tokenizer(Path(folder)/"tokenizer")
-    d, state = model.decoder.config, model.decoder.state_dict()
-    unet = {f"unet.{k}": v for k, v in unet_names(model.decoder.unet.config).items()} | time_names()
-    write_part(folder, "decoder", "UNet2DConditionModel", their_unet(model.decoder.unet.config, "UNet2DConditionModel"), theirs(unet, state), dtype)
+
+def save_decoder(folder:str|Path, stage:KarloDecoder, dtype:torch.dtype|None=None):
+    "The decoder as decoder and text_proj."
+    d, state = stage.config, stage.state_dict()
+    unet = {f"unet.{k}": v for k, v in unet_names(stage.unet.config).items()} | time_names()
+    write_part(folder, "decoder", "UNet2DConditionModel", their_unet(stage.unet.config,
+        "UNet2DConditionModel"), theirs(unet, state), dtype)
     hears = theirs(hearing_names(), state)
-    hears = {k: rearrange(v, "(k w) ... -> (w k) ...", k=d.clip_tokens) if k.startswith("clip_extra_context_tokens_proj") else v for k, v in hears.items()}
-    write_part(folder, "text_proj", "UnCLIPTextProjModel", dict(clip_extra_context_tokens=d.clip_tokens, clip_embeddings_dim=d.clip_dim,
+    hears = {k: rearrange(v, "(k w) ... -> (w k) ...", k=d.clip_tokens)
+             if k.startswith("clip_extra_context_tokens_proj") else v for k, v in hears.items()}
+    write_part(folder, "text_proj", "UnCLIPTextProjModel",
+               dict(clip_extra_context_tokens=d.clip_tokens, clip_embeddings_dim=d.clip_dim,
         time_embed_dim=4 * d.channels, cross_attention_dim=d.text_width), hears, dtype)
-    parts = {"text_encoder": "CLIPTextModelWithProjection", "tokenizer": "CLIPTokenizer"} | {"decoder": "UNet2DConditionModel", "text_proj": "UnCLIPTextProjModel"}
-    if model.prior is not None:
-        p = model.prior.config
-        own = theirs(prior_names(p.layers), model.prior.state_dict())
-        own["positional_embedding"], own["prd_embedding"] = own["positional_embedding"][None], own["prd_embedding"][None, None]
-        own["clip_mean"], own["clip_std"] = model.prior.stats.mean[None], 1 / model.prior.stats.matrix.diagonal()[None]
-        write_part(folder, "prior", "PriorTransformer", dict(num_attention_heads=p.heads, attention_head_dim=p.width // p.heads, num_layers=p.layers,
-            embedding_dim=p.clip_dim, num_embeddings=p.context_length, additional_embeddings=4), own, dtype)
-        parts["prior"] = "PriorTransformer"
-    if model.upsampler1 is not None:
-        u, state = model.upsampler1.config, model.upsampler1.state_dict()
-        for prefix, part in (("", "super_res_first"), ("last_", "super_res_last")):
-            names = {f"{prefix}unet.{k}": v for k, v in unet_names(u.unet).items()} | time_names(f"{prefix}time")
-            write_part(folder, part, "UNet2DModel", their_unet(u.unet, "UNet2DModel"), theirs(names, state), dtype)
-            parts[part] = "UNet2DModel"
-    limits = {"prior_scheduler": ("sample", "fixed_small_log", getattr(getattr(model.prior, "config", None), "limit", 5.0)),
-              "decoder_scheduler": ("epsilon", "learned_range", 1.0), "super_res_scheduler": ("epsilon", "fixed_small_log", 1.0)}
+
+def save_prior(folder:str|Path, stage:KarloPrior, dtype:torch.dtype|None=None):
+    "The prior as prior, with the statistics as mean and standard deviation."
+    p = stage.config
+    own = theirs(prior_names(p.layers), stage.state_dict())
+    own["positional_embedding"] = own["positional_embedding"][None]
+    own["prd_embedding"] = own["prd_embedding"][None, None]
+    own["clip_mean"] = stage.stats.mean[None]
+    own["clip_std"] = 1 / stage.stats.matrix.diagonal()[None]
+    write_part(folder, "prior", "PriorTransformer", dict(num_attention_heads=p.heads,
+        attention_head_dim=p.width // p.heads, num_layers=p.layers,
+        embedding_dim=p.clip_dim, num_embeddings=p.context_length, additional_embeddings=4), own,
+        dtype)
+
+def save_upsampler(folder:str|Path, stage:KarloUpsampler, dtype:torch.dtype|None=None):
+    "The upsampler as super_res_first and super_res_last."
+    u, state = stage.config, stage.state_dict()
+    for prefix, part in (("", "super_res_first"), ("last_", "super_res_last")):
+        names = {f"{prefix}unet.{k}": v for k, v in unet_names(u.unet).items()}
+        names |= time_names(f"{prefix}time")
+        write_part(folder, part, "UNet2DModel", their_unet(u.unet, "UNet2DModel"),
+                   theirs(names, state), dtype)
+
+def save_schedulers(folder:str|Path, limit:float):
+    "What the three samplers do; `limit` is that of the prior."
+    limits = {"prior_scheduler": ("sample", "fixed_small_log", limit),
+              "decoder_scheduler": ("epsilon", "learned_range", 1.0),
+              "super_res_scheduler": ("epsilon", "fixed_small_log", 1.0)}
     for name, (target, variance, limit) in limits.items():
         here = Path(folder)/name
         here.mkdir(parents=True, exist_ok=True)
-        (here/"scheduler_config.json").write_text(json.dumps(dict(_class_name="UnCLIPScheduler", num_train_timesteps=1000, prediction_type=target,
-            variance_type=variance, clip_sample=True, clip_sample_range=limit, beta_schedule="squaredcos_cap_v2"), indent=2) + "\n")
-        parts[name] = "UnCLIPScheduler"
-    library = lambda k: "transformers" if k in ("text_encoder", "tokenizer") else "unclip" if k == "text_proj" else "diffusers"
-    (Path(folder)/"model_index.json").write_text(json.dumps(index | {k: [library(k), v] for k, v in parts.items()}, indent=2) + "\n")
+        (here/"scheduler_config.json").write_text(json.dumps(dict(_class_name="UnCLIPScheduler",
+            num_train_timesteps=1000, prediction_type=target,
+            variance_type=variance, clip_sample=True, clip_sample_range=limit,
+            beta_schedule="squaredcos_cap_v2"), indent=2) + "\n")
+
+def save_diffusers(model:UnCLIP, folder:str|Path, dtype:torch.dtype|None=None):
+    """Write a system of Karlo's shape as a folder of diffusers. Raises `UnclipError`, with the
+    reason, for any other system."""
+    reason = why_not(model)
+    if reason:
+        raise UnclipError(f"this system cannot be written in Karlo's format: {reason}; use "
+                          f"UnCLIP.save_pretrained")
+    save_clip(folder, model.clip, dtype)
+    save_decoder(folder, model.decoder, dtype)
+    parts = {"text_encoder": "CLIPTextModelWithProjection", "tokenizer": "CLIPTokenizer",
+             "decoder": "UNet2DConditionModel", "text_proj": "UnCLIPTextProjModel"}
+    if model.prior is not None:
+        save_prior(folder, model.prior, dtype)
+        parts["prior"] = "PriorTransformer"
+    if model.upsampler1 is not None:
+        save_upsampler(folder, model.upsampler1, dtype)
+        parts |= {"super_res_first": "UNet2DModel", "super_res_last": "UNet2DModel"}
+    save_schedulers(folder, model.prior.config.limit if model.prior is not None else 5.0)
+    parts |= {f"{k}_scheduler": "UnCLIPScheduler" for k in ("prior", "decoder", "super_res")}
+    libraries = {"text_encoder": "transformers", "tokenizer": "transformers", "text_proj": "unclip"}
+    index = {"_class_name": KINDS[0], "_diffusers_version": "0.11.0"}
+    index |= {k: [libraries.get(k, "diffusers"), v] for k, v in parts.items()}
+    (Path(folder)/"model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 def write_tokenizer(folder:Path):
     "CLIP's vocabulary in the files that transformers reads, from open_clip's own."
     oc = import_open_clip()
     from open_clip.tokenizer import bytes_to_unicode
-    lines = gzip.open(Path(oc.__file__).parent/"bpe_simple_vocab_16e6.txt.gz").read().decode().split("\n")[1:49152 - 256 - 2 + 1]
+    file = Path(oc.__file__).parent/"bpe_simple_vocab_16e6.txt.gz"
+    lines = gzip.open(file).read().decode().split("\n")[1:49152 - 256 - 2 + 1]
     letters = list(bytes_to_unicode().values())
-    words = letters + [x + "</w>" for x in letters] + ["".join(m.split()) for m in lines] + ["<|startoftext|>", "<|endoftext|>"]
+    words = letters + [x + "</w>" for x in letters] + ["".join(m.split()) for m in lines]
+    words += ["<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder/"vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}), encoding="utf-8")
+    (folder/"vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}),
+                                     encoding="utf-8")
     (folder/"merges.txt").write_text("#version: 0.2\n" + "\n".join(lines) + "\n", encoding="utf-8")
-    marks = dict(bos_token="<|startoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>", pad_token="!")
-    (folder/"tokenizer_config.json").write_text(json.dumps(marks | dict(model_max_length=77, tokenizer_class="CLIPTokenizer"), indent=2) + "\n")
+    marks = dict(bos_token="<|startoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>",
+                 pad_token="!")
+    (folder/"tokenizer_config.json").write_text(json.dumps(marks
+        | dict(model_max_length=77, tokenizer_class="CLIPTokenizer"), indent=2) + "\n")
 
 # %% ../nbs/20_pretrained.ipynb #084c7121
 def tiny_karlo(seed:int=0) -> Karlo:
-    "A random system of Karlo's shape, 16 -> 64 px, every parameter away from zero: for tests and for trying commands out."
+    """A random system of Karlo's shape, 16 -> 64 px, every parameter away from zero: for tests and
+    for trying commands out."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        clip = KarloCLIP(CLIPConfig(embed_dim=32, image_size=32, vision="vit", vision_width=48, vision_layers=2, vision_heads=3, patch_size=8, text_width=32,
-            text_layers=2, text_heads=2, context_length=77, vocab_size=49408, quick_gelu=True, image_mean=OPENAI_MEAN, image_std=OPENAI_STD))
-        prior = KarloPrior(KarloPriorConfig(clip_dim=32, text_width=32, width=64, layers=3, heads=4), clip)
-        decoder = KarloDecoder(KarloDecoderConfig(image_size=16, channels=128, channel_mult=(1, 2), res_blocks=1, attention=(8,), head_channels=16,
+        clip = KarloCLIP(CLIPConfig(embed_dim=32, image_size=32, vision="vit", vision_width=48,
+                                    vision_layers=2, vision_heads=3, patch_size=8, text_width=32,
+            text_layers=2, text_heads=2, context_length=77, vocab_size=49408, quick_gelu=True,
+            image_mean=OPENAI_MEAN, image_std=OPENAI_STD))
+        prior = KarloPrior(KarloPriorConfig(clip_dim=32, text_width=32, width=64, layers=3,
+                                            heads=4), clip)
+        decoder = KarloDecoder(KarloDecoderConfig(image_size=16, channels=128, channel_mult=(1, 2),
+            res_blocks=1, attention=(8,), head_channels=16,
             text_width=48, clip_dim=32), clip)
-        up = KarloUpsampler(KarloUpsamplerConfig(low_size=16, channels=128, channel_mult=(1, 1), res_blocks=1))
+        up = KarloUpsampler(KarloUpsamplerConfig(low_size=16, channels=128, channel_mult=(1, 1),
+            res_blocks=1))
         with torch.no_grad():
             for stage in (prior, decoder, up):
                 for p in stage.parameters():
                     if p.ndim == 1 or not p.any(): p.add_(0.1 * torch.randn(p.shape))
             for p in (prior.net.positions, prior.net.query): p.mul_(10)
-            for p in (clip.model.text_projection, clip.model.visual.proj): p.mul_(8)     # embeddings longer than 1
+            for p in (clip.model.text_projection, clip.model.visual.proj):
+                p.mul_(8)     # embeddings longer than 1
             prior.stats.mean.copy_(0.3 * torch.randn(32))
             prior.stats.matrix.copy_(torch.diag(1 / (0.5 + torch.rand(32))))
         for stage in (prior, decoder): stage.config.clip_fingerprint = clip.fingerprint
@@ -641,21 +852,31 @@ class KandinskyUNet(nn.Module):
         self.config, width = config, config.emb_width
         self.unet, self.time = UNet(config), TimeEmbedding(config.channels, width)
         self.zi_to_time, self.time_norm = nn.Linear(zi_dim, width), nn.LayerNorm(width)
-        self.zi_to_tokens, self.tokens_norm = nn.Linear(zi_dim, tokens * config.context_width), nn.LayerNorm(config.context_width)
+        self.zi_to_tokens = nn.Linear(zi_dim, tokens * config.context_width)
+        self.tokens_norm = nn.LayerNorm(config.context_width)
 
-    def forward(self, x_t:Float[Tensor, "b c h w"], t:Int[Tensor, "b"], zi:Float[Tensor, "b d"]) -> Float[Tensor, "b c2 h w"]:
+    def forward(self, x_t:Float[Tensor, "b c h w"], t:Int[Tensor, "b"],
+                zi:Float[Tensor, "b d"]) -> Float[Tensor, "b c2 h w"]:
         "The noise in x_t and its variance, twice the channels."
-        tokens = self.tokens_norm(rearrange(self.zi_to_tokens(zi), "b (k w) -> b k w", w=self.config.context_width))
+        tokens = self.tokens_norm(rearrange(self.zi_to_tokens(zi), "b (k w) -> b k w",
+                                            w=self.config.context_width))
         return self.unet(x_t, self.time(t) + self.time_norm(self.zi_to_time(zi)), tokens)
 
-def load_kandinsky_unet(folder:str|Path, part:str="unet", dtype:torch.dtype|None=None, variant:str|None=None) -> KandinskyUNet:
+def load_kandinsky_unet(folder:str|Path, part:str="unet", dtype:torch.dtype|None=None,
+                        variant:str|None=None) -> KandinskyUNet:
     "The U-Net of a Kandinsky 2.2 decoder's folder. Raises `UnclipError` for another kind."
     c, theirs = read_part(folder, part, variant)
-    wants(c, part, encoder_hid_dim_type=("image_proj",), addition_embed_type=("image",), class_embed_type=(None,))
+    wants(c, part,
+          encoder_hid_dim_type=("image_proj",), addition_embed_type=("image",),
+          class_embed_type=(None,))
     u, rows = unet_config(c, part), theirs["encoder_hid_proj.image_embeds.weight"].shape
     names = {f"unet.{k}": v for k, v in unet_names(u).items()} | time_names()
-    names |= pair("zi_to_time", "add_embedding.image_proj") | pair("time_norm", "add_embedding.image_norm")
-    names |= pair("zi_to_tokens", "encoder_hid_proj.image_embeds") | pair("tokens_norm", "encoder_hid_proj.norm")
+    names |= pair("zi_to_time", "add_embedding.image_proj")
+    names |= pair("time_norm", "add_embedding.image_norm")
+    names |= pair("zi_to_tokens", "encoder_hid_proj.image_embeds")
+    names |= pair("tokens_norm", "encoder_hid_proj.norm")
     with torch.device("meta"): net = KandinskyUNet(u, rows[1], rows[0] // u.context_width)
-    load_weights(net, {k: v.to(dtype or torch.float32) for k, v in ours(names, theirs, Path(folder)/part).items()}, folder, assign=True)
+    own = ours(names, theirs, Path(folder)/part)
+    own = {k: v.to(dtype or torch.float32) for k, v in own.items()}
+    load_weights(net, own, folder, assign=True)
     return net.eval().requires_grad_(False)
