@@ -7,7 +7,7 @@ __all__ = ['STAGES', 'PRIORS', 'INDEX', 'find_system', 'wanted_files', 'stages_i
            'row_generators', 'Latent', 'explore_priors']
 
 # %% ../nbs/15_pipeline.ipynb #be33a32b
-import importlib, json, shutil
+import importlib, json
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
