@@ -317,8 +317,12 @@ def test_one_training_a_folder(tmp_path):
     if not pid:
         with train.locked(tmp_path / "r"): os.write(w, b"x"); signal.pause()
     os.read(r, 1)
-    with pytest.raises(UnclipError, match=rf"another training \(process {pid}\) writes into .*r: wait for it, or choose another --out"): run(tmp_path / "r")
-    os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
+    said = rf"another training \(process {pid}\) writes into .*r: wait for it, or choose another --out"
+    try:
+        with pytest.raises(UnclipError, match=said): run(tmp_path / "r")
+    finally:                                                    # also where the test fails: no process stays behind
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
     run(tmp_path / "r")
     assert not (tmp_path / "r/.lock").exists()
 
