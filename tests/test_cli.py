@@ -318,6 +318,7 @@ def test_too_few_captions_leave_nothing_behind(tmp_path):
     (("train", "prior", "--preset", "nano", "--prior.model.heads", "5", "--clip", "tiny"), ("sizes of the prior",)),
     (("train", "clip", "--preset", "nano", "--clip.model.text-heads", "3"), ("sizes of the clip",)),
     (("evaluate", "--n", "0"), ("--n",)), (("embed", "--n", "0"), ("--n",)),
+    (("train", "clip", "--config", "~nobody9/x.json"), ("no home folder", "~nobody9/x.json")),
     (("train", "upsampler1", "--preset", "nano", "--device", "cuda"), ("cuda",))])
 def test_more_mistakes_are_one_line_and_exit_2(args, words, tmp_path):
     if "cuda" in args:

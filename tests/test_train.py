@@ -317,8 +317,12 @@ def test_one_training_a_folder(tmp_path):
     if not pid:
         with train.locked(tmp_path / "r"): os.write(w, b"x"); signal.pause()
     os.read(r, 1)
-    with pytest.raises(UnclipError, match=rf"another training \(process {pid}\) writes into .*r: wait for it, or choose another --out"): run(tmp_path / "r")
-    os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
+    said = rf"another training \(process {pid}\) writes into .*r: wait for it, or choose another --out"
+    try:
+        with pytest.raises(UnclipError, match=said): run(tmp_path / "r")
+    finally:                                                    # also where the test fails: no process stays behind
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
     run(tmp_path / "r")
     assert not (tmp_path / "r/.lock").exists()
 
@@ -328,9 +332,15 @@ def test_other_data_are_refused_or_asked_for(tmp_path):
         def identity(self): return {"source": "pictures", "count": self.count}
     def points(count): p = Points(); p.data = Data(count); return p
     run(tmp_path / "r", batches=points(250), steps=10)
-    with pytest.raises(UnclipError, match="other data \\(count 250, now 262\\).*--new-data"): run(tmp_path / "r", batches=points(262), resume=True)
+    with pytest.raises(UnclipError, match="other data \\(count was 250, now 262\\).*--new-data"): run(tmp_path / "r", batches=points(262), resume=True)
     fit(toy(), points(262), CFG, tmp_path / "r", resume=True, device="cpu", progress=False, new_data=True)
     assert train.finished_record(tmp_path / "r")["data"]["count"] == 262
+
+def test_a_renamed_folder_of_the_same_data_is_the_same_data():
+    "As for `embed`: the digest of names and captions decides, not the folder's name."
+    before = {"source": "pictures", "count": 250, "digest": "abc"}
+    assert train.other_data(before, before | {"source": "moved"}) == "" == train.other_data(None, before)
+    assert train.other_data(before, before | {"count": 262, "digest": "def", "near": False}) == "count was 250, now 262; digest was abc, now def"
 
 def test_a_failing_preview_ends_nothing(tmp_path, caplog):
     def preview(model): raise ValueError("Expected end of text\n$")

@@ -21,7 +21,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 import torch, tyro
-from .core import UnclipError, count_parameters, data_path, generator, image_grid, number, pick_device, to_pil
+from .core import UnclipError, count_parameters, data_path, expand, generator, image_grid, number, pick_device, to_pil
 from .train import (MAY_CHANGE, TrainConfig, build, checkpoints, finished_record, is_first, newest_checkpoint,
     other_data, read_json, save_picture, write_json, writing)
 from .unet import forward_cost
@@ -263,7 +263,7 @@ RECORDED = ("data", "step", "checkpoint", "files", "seal")
 def read_config(file:str|None) -> dict:
     "A JSON file of sections {stage: {model: {...}, train: {...}}}, as `unclip train` leaves it in every stage's run.json."
     if file is None: return {}
-    found = read_json(Path(file).expanduser())
+    found = read_json(expand(file))
     bad = [k for k in found if k not in STAGES]
     if bad: raise UnclipError(f"{file}: unknown section {bad[0]!r}: use {', '.join(STAGES)}")
     for s, parts in found.items():

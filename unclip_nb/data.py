@@ -196,10 +196,12 @@ def what_differs(
     before:dict, # an identity, perhaps read from a file
     now:dict,    # another
 ) -> str:
-    "The facts that differ, as '40 count, now 41'; empty where they agree. A renamed source with the same digest agrees."
+    "The facts that differ, as 'count was 40, now 41'; empty where they agree. A renamed source with the same digest agrees."
     same_rows = "digest" in before and before.get("digest") == now.get("digest")
     keys = [k for k in dict.fromkeys([*before, *now]) if not (same_rows and k == "source")]
-    return "; ".join(f"{k} was {before.get(k)}, now {now.get(k)}" for k in keys if before.get(k) != now.get(k))
+    differ = [k for k in keys if before.get(k) != now.get(k)]
+    of_both = [k for k in differ if k in before and k in now]
+    return "; ".join(f"{k} was {before.get(k)}, now {now.get(k)}" for k in of_both or differ)
 
 # %% ../nbs/02_data.ipynb #8ad9859a
 class ShapesData(Captioned):

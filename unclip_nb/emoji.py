@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from .core import UnclipError, generator, seed_for
+from .core import UnclipError, expand, generator, seed_for
 from .data import Captioned, write_text
 
 # %% ../nbs/19_emoji.ipynb #43f0728c
@@ -169,9 +169,9 @@ def find_noto(
     "Where Noto Color Emoji lies, or None. Raises `UnclipError` where a path was given and no file is there."
     path = path or os.environ.get("UNCLIP_NOTO")
     if path:
-        if not Path(path).expanduser().is_file():
+        if not expand(path).is_file():
             raise UnclipError(f"no font file {path}: give the path of {FONT}")
-        return Path(path).expanduser()
+        return expand(path)
     home = Path.home()
     folders = ("/usr/share/fonts", "/usr/local/share/fonts", home/".fonts", home/".local/share/fonts", home/"Library/Fonts")
     return next((f for folder in folders for f in sorted(Path(folder).rglob(FONT))), None)

@@ -7,7 +7,7 @@ __all__ = ['STAGES', 'PRIORS', 'INDEX', 'find_system', 'wanted_files', 'stages_i
            'row_generators', 'Latent', 'explore_priors']
 
 # %% ../nbs/15_pipeline.ipynb #be33a32b
-import importlib, json, os, shutil
+import importlib, json
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from .diffusion import Steps, check_steps
 from .diffusion_prior import DiffusionPrior
 from .inversion import ddim_invert
 from .shapes import render, scene_at
-from .train import LOADING, check_dtype, local_folder, only_writes, writing
+from .train import LOADING, atomic_file, check_dtype, local_folder, only_writes, writing
 from .upsampler import Upsampler, Upsampler2
 
 # %% ../nbs/15_pipeline.ipynb #eb083671
@@ -157,10 +157,8 @@ def save_pretrained(self:UnCLIP,
     folder, dtype = expand(folder), check_dtype(dtype)
     with writing(folder): folder.mkdir(parents=True, exist_ok=True)
     for k, stage in self.stages.items(): stage.save_pretrained(folder/k, dtype=dtype)
-    part = folder/(INDEX + ".part")
-    with writing(folder/INDEX):
-        part.write_text(json.dumps({"format": 1, "stages": list(self.stages), "clip": self.clip.fingerprint}, indent=1))
-        os.replace(part, folder/INDEX)
+    index = {"format": 1, "stages": list(self.stages), "clip": self.clip.fingerprint}
+    with atomic_file(folder/INDEX) as part: part.write_text(json.dumps(index, indent=1))
 
 # %% ../nbs/15_pipeline.ipynb #c41ad007
 def system_card(model:UnCLIP, repo_id:str) -> str:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from .core import ExactBuffers, UnclipError, expand, generator, number, pick_device, refuse_options, seed_for
-from .data import mend_torchvision
+from .data import mend_torchvision, what_differs
 
 # %% ../nbs/04_train.ipynb #c0f1a001
 def check_field(
@@ -632,9 +632,7 @@ MAY_CHANGE = ("steps", "save_every", "preview_every", "log_every", "keep")
 def other_data(before:dict|None, now:dict|None) -> str:
     "What two data sets' identities differ in, in words; empty if they agree, or if one of them is not known."
     if not before or not now: return ""
-    before, now = json.loads(json.dumps([before, now]))
-    keys = [k for k in before.keys() | now.keys() if before.get(k) != now.get(k)]
-    return ", ".join(f"{k} {before.get(k)!r}, now {now.get(k)!r}" for k in sorted(keys))
+    return what_differs(*json.loads(json.dumps([before, now])))
 
 def find_state(
     out:Path,     # the run's folder
