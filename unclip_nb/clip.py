@@ -329,7 +329,8 @@ def embed(
     progress:bool=True,   # show a bar on stderr?
 ) -> Path:
     "Write the embeddings of a data set to disk, for `EmbeddedData`. Raises `UnclipError` when `out` holds those of another CLIP, data set or size."
-    out, n = Path(out), len(data) if n is None else min(n, len(data))
+    out = Path(out)
+    n = len(data) if n is None else number("n", n, low=1, high=len(data), whole=True)
     with writing(out): out.mkdir(parents=True, exist_ok=True)
     meta = {"clip_fingerprint": clip.fingerprint, "rows": n, "shard": shard, "clip_dim": clip.dim,
             "text_width": clip.text_width, "context_length": clip.context_length}
