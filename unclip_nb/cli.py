@@ -554,7 +554,7 @@ def embed_command(c:Embed):
     check_folder(c.out)
     clip = clip_of(c.clip, c.device)
     data = load_captioned(c.data, split=c.split, size=clip.config.image_size, image_column=c.image_column, caption_column=c.caption_column)
-    n = c.n or (50_000 if c.data == "shapes" else None)
+    n = c.n or (min(50_000, len(data)) if c.data == "shapes" else None)
     folder = embed(clip, data, c.out, batch_size=c.batch_size, n=n)
     print(f"embeddings of {n or len(data)} pictures in {folder}: unclip train prior --data {folder} --clip {c.clip}")
 
