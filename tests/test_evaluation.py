@@ -1,5 +1,5 @@
 "The judge: intervals against the binomial distribution, marks of true, changed and empty pictures; routes with the truth put in."
-import inspect, math, pytest, torch
+import math, pytest, torch
 from pathlib import Path
 from unclip_nb import evaluation
 from unclip_nb.core import UnclipError, generator
@@ -73,7 +73,7 @@ def test_the_truth_is_upsampled_with_as_many_steps_as_decoded_pictures(model, mo
     marks, images = take_exam(model, "one object", 2, routes(model)["upsampled truth"])
     assert marks.share() == 1 and images.shape == (2, 3, 128, 128)                   # the truth itself, but for what the upsampler loses
     take_exam(model, "one object", 1, routes(model, steps=1)["z_t as z_i"])
-    assert steps == [inspect.signature(UnCLIP.decode).parameters["up_steps"].default] * 2
+    assert steps == [model.upsampler1.config.draw["steps"]] * 2
 
 def test_sources_are_fitted_once_for_all_exams(model, monkeypatch):
     fits, pairs = [], evaluation.training_pairs

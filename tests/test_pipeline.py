@@ -240,7 +240,7 @@ def test_files_of_weights_follow_the_umask_and_unreadable_ones_are_named(tiny, t
     assert {oct(f.stat().st_mode & 0o777) for f in tmp_path.iterdir()} == {"0o640"}
     def refuse(*a, **kw): raise PermissionError(13, "Permission denied")
     monkeypatch.setattr("unclip_nb.train.load_file", refuse)
-    with pytest.raises(UnclipError, match="model.safetensors cannot be read .Permission denied"): type(tiny.prior).from_pretrained(tmp_path)
+    with pytest.raises(UnclipError, match="cannot read .*model.safetensors: Permission denied"): type(tiny.prior).from_pretrained(tmp_path)
 
 def test_bytes_are_pictures_at_every_entry(tiny):
     from PIL import Image

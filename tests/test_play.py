@@ -164,7 +164,7 @@ def test_the_strips(page):
 
 def test_cancel_stops_and_keeps(page):
     page.click("#blend-go")
-    page.wait_for_function("document.querySelector('#blend-out canvas').width > 32")
+    page.wait_for_function("document.querySelector('#blend-out canvas')?.width > 32")
     page.click("#cancel")
     settled(page)
     assert status(page).startswith("Cancelled")

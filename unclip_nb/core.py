@@ -211,7 +211,7 @@ def load_image(
         raise UnclipError(f"no file {str(path)!r}: give the path of a PNG or JPEG")
     if why.startswith("unreadable"):
         raise UnclipError(f"cannot read {str(path)!r} as a picture {why.removeprefix('unreadable ')}: give a PNG or JPEG")
-    raise UnclipError(f"cannot use {str(path)!r}: {why}")
+    raise UnclipError(f"cannot use {str(path)!r}: {why}; give the path of a PNG or JPEG")
 
 # %% ../nbs/00_core.ipynb #0421e614
 def _array_to_tensor(x:np.ndarray, name:str) -> Tensor:

@@ -7,7 +7,7 @@ __all__ = ['ATTRIBUTES', 'KINDS', 'PRIOR_COLUMNS', 'wilson', 'Marks', 'judge', '
            'take_exam', 'prior_exam', 'prior_table', 'retrieval', 'evaluate', 'table']
 
 # %% ../nbs/18_evaluation.ipynb #e35ec6ba
-import inspect, math, time
+import math, time
 from dataclasses import dataclass, field
 from typing import Callable, Sequence
 import torch
@@ -112,10 +112,10 @@ def routes(
     sources:dict[str, Callable]|None=None, # from `zi_sources`, where they are at hand
 ) -> dict[str, Callable]:
     "Ways from (scenes, captions, generators of every stage) to pictures, each with the truth put in up to some stage."
-    small, up, up_steps = model.decoder.config.image_size, model.upsampler1, inspect.signature(UnCLIP.decode).parameters["up_steps"].default
+    small, up = model.decoder.config.image_size, model.upsampler1
     def upsampled(scenes, captions, gens):
         low = resize(render(scenes, small * (up.config.factor if up else 1)), small).to(model.device)
-        return up.sample(low, steps=up_steps, generator=gens["upsampler1"]) if up else low
+        return up.sample(low, steps=up.config.draw["steps"], generator=gens["upsampler1"]) if up else low
     def decoded(source):
         return lambda scenes, captions, gens: model.decode(source(scenes, captions, gens["prior"]), captions, guidance=guidance, steps=steps, sampler="dpm", generators=gens)
     return {"upsampled truth": upsampled} | {name: decoded(source) for name, source in (sources or zi_sources(model, fitted)).items()}
