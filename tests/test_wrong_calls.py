@@ -157,7 +157,15 @@ def table(folder):
         temperature=[-1, *kinds["real"]], top_p=[0, -1, 1.5, *kinds["real"]], percentile=[-1, 101, *kinds["real"]], minus=[-1, *kinds["real"]])
     for name, f, right, wrong in rows:
         for argument, kind in wrong.items():
-            for i, value in enumerate(kinds[kind]): yield name, argument, kind, i, value, f, right
+            for i, value in enumerate(kinds[kind]):
+                if value is None and default(f, argument) is None: continue           # None is this argument's own default
+                yield name, argument, kind, i, value, f, right
+
+def default(f, argument):
+    "The default of an argument, or an object of its own where there is none."
+    import inspect
+    known = inspect.signature(f).parameters
+    return known[argument].default if argument in known else object()
 
 class Hangs(BaseException): pass
 

@@ -312,7 +312,7 @@ def decode(
     with self.working("clip", "decoder"): x = self.decoder.sample(zi, tokens, guidance=guidance, steps=steps, generator=gens["decoder"], x_T=x_T, eta=eta, sampler=sampler, progress=progress)
     for k in ups:
         stage = getattr(self, k)
-        with self.working(k): x = stage.sample(x, steps=up_steps or stage.config.draw["steps"], generator=gens[k])
+        with self.working(k): x = stage.sample(x, steps=stage.config.draw["steps"] if up_steps is None else up_steps, generator=gens[k])
     return x
 
 # %% ../nbs/15_pipeline.ipynb #85bc0fa1
@@ -432,7 +432,8 @@ def generate(
     1e-4, measured; a few values in 100,000 fall on the next of 256 levels). Raises `UnclipError` for settings that cannot be."""
     usual = self.decoder.config.draw
     guidance = usual["guidance"] if guidance is None else guidance
-    steps, sampler = usual["steps"] if steps is None else steps, sampler or usual["sampler"]
+    steps = usual["steps"] if steps is None else steps
+    sampler = usual["sampler"] if sampler is None else sampler
     captions, seed = check_captions(captions), number("seed", seed, whole=True)
     n, batch_size = number("n", n, low=1, high=100_000, whole=True), number("batch_size", batch_size, low=1, whole=True)
     guidance = number("guidance", guidance, low=-100, high=100)
