@@ -151,7 +151,7 @@ def table(folder):
     kinds = values()
     some = lambda kind, *without: [x for x in kinds[kind] if not any(x is w or (isinstance(w, str) and isinstance(x, str) and x == w) for w in without)]
     kinds |= dict(push=[True], object=[None, 5, "x", {}, object()], no_text=[None, 5, 1.5, b"x", [None], [5], {}, object(), [["a"]]],
-        words_not_text=[None, 5, 1.5, b"x", "", " ", {}, object()], pool=some("pictures", None), k=some("whole", None, 0) if False else [x for x in kinds["whole"] if x is not None and not (type(x) is int and x == 0)] + [1000],
+        words_not_text=[None, 5, 1.5, b"x", "", " ", {}, object()], pool=some("pictures", None), k=[x for x in kinds["whole"] if x is not None and not (type(x) is int and x == 0)] + [1000],
         steps_not_snr=kinds["steps"], steps_or_none=some("steps", None), embeddings_not_array=kinds["embeddings"], no_path=[None, 5, "", b"x", [], {}, object(), "a\0b", " "],
         path_but_empty=some("path", "", "~/no/such/folder"), words_not_ddim=kinds["words"], odd_pictures=kinds["pictures"],
         temperature=[-1, *kinds["real"]], top_p=[0, -1, 1.5, *kinds["real"]], percentile=[-1, 101, *kinds["real"]], minus=[-1, *kinds["real"]])
