@@ -15,7 +15,8 @@ if os.environ.get('UNCLIP_TYPES', '1') != '0':          # annotated functions of
     from jaxtyping import install_import_hook
     install_import_hook('unclip_nb', 'beartype.beartype')
 
-cfg = ConfigParser(delimiters=['=']); cfg.read(HERE/'settings.ini')
+cfg = ConfigParser(delimiters=['='])
+cfg.read(HERE/'settings.ini')
 FLAGS = ['eval:\\s*false'] + cfg['DEFAULT'].get('tst_flags', '').split()
 SKIP = re.compile(rf'^#\|\s*({"|".join(FLAGS)})\s*$|nbdev_export\(', re.M | re.I)
 UNSTABLE = re.compile(r'\bshow_doc\(|\binteract\(')
@@ -30,8 +31,10 @@ def close(a, b, rel=1e-3, abs=1e-4):
                                       for x, y in zip(NUM.findall(a), NUM.findall(b)))
 
 def pytest_configure(config):
-    try: from nbval.plugin import IPyNbCell
-    except ImportError: return
+    try:
+        from nbval.plugin import IPyNbCell
+    except ImportError:
+        return
     opt = config.option
     opt.nbval_sanitize_with = opt.nbval_sanitize_with or str(HERE/'nbval_sanitize.cfg')
     opt.nbval_current_env = not opt.nbval_kernel_name
@@ -41,10 +44,13 @@ def pytest_configure(config):
         for t, r in zip(test, ref):
             for x, y in ((t, r), (t.get('data', {}), r.get('data', {}))):
                 for k in {'text', 'text/plain', 'text/markdown', 'text/html'} & x.keys() & y.keys():
-                    if close(x[k], y[k]): x[k] = y[k]
-        if not exact(self, test, ref, **kw): return False
+                    if close(x[k], y[k]):
+                        x[k] = y[k]
+        if not exact(self, test, ref, **kw):
+            return False
         said = '' if VARIES in self.cell.metadata.get('tags', ()) else pictures.changed(ref, test)
-        if said: self.comparison_traceback.append(said)
+        if said:
+            self.comparison_traceback.append(said)
         return not said
     IPyNbCell.compare_outputs = compare_outputs
 
@@ -57,20 +63,28 @@ def both_hands():
 def pytest_collection_modifyitems(items):
     emoji = [it for it in items if hasattr(it, 'cell') and it.path.stem == '19_emoji']
     if emoji and not both_hands():
-        for it in emoji: it.add_marker(pytest.mark.skip(reason='fonts-noto-color-emoji and libfribidi0 are not installed'))
+        for it in emoji:
+            it.add_marker(
+                pytest.mark.skip(reason='fonts-noto-color-emoji and libfribidi0 are not installed'))
     for it in items:
-        if not hasattr(it, 'cell'): continue
+        if not hasattr(it, 'cell'):
+            continue
         src = it.cell.source
-        if SKIP.search(src): it.options['skip'] = True
-        if UNSTABLE.search(src): it.options['check'] = False
-        if it.cell.execution_count is None: it.cell['execution_count'] = it.cell_num + 1
+        if SKIP.search(src):
+            it.options['skip'] = True
+        if UNSTABLE.search(src):
+            it.options['check'] = False
+        if it.cell.execution_count is None:
+            it.cell['execution_count'] = it.cell_num + 1
 
 def pytest_terminal_summary(terminalreporter):
     spent = defaultdict(float)
     for reports in terminalreporter.stats.values():
         for r in reports:
-            if hasattr(r, 'duration'): spent[r.nodeid.split('::')[0]] += r.duration
-    if len(spent) < 2: return
+            if hasattr(r, 'duration'):
+                spent[r.nodeid.split('::')[0]] += r.duration
+    if len(spent) < 2:
+        return
     terminalreporter.section('seconds per file')
     for f, s in sorted(spent.items(), key=lambda o: -o[1]):
         late = f'   more than {SECONDS} s' if f.endswith('.ipynb') and s > SECONDS else ''

@@ -15,7 +15,9 @@ def speed(captions:int, codes:int=64, repeats:int=3):
     c, g = ARPriorConfig.tiny(k=codes), generator("bench ar prior")
     prior = ARPrior(c).eval()
     prior.measure(*(F.normalize(randn((1000, c.clip_dim), g), dim=1) for _ in range(2)))
-    text, zt = randn((captions, c.context_length, c.text_width), g), F.normalize(randn((captions, c.clip_dim), g), dim=1)
+    text, zt = randn((captions, c.context_length, c.text_width), g), F.normalize(randn(
+        (captions, c.clip_dim), g),
+                                                                                 dim=1)
     text[:, 14:] = 0                                                     # captions of 14 tokens
     def seconds(cache):
         start = time.perf_counter()
@@ -26,8 +28,11 @@ def speed(captions:int, codes:int=64, repeats:int=3):
     fast, slow = (statistics.median(p) for p in zip(*pairs))
     ratio = statistics.median(b / a for a, b in pairs)
     what = f"{captions} captions, {codes} codes"
-    return [(f"AR prior sampling with cache ({what})", fast, "s"), (f"AR prior sampling without cache ({what})", slow, "s"),
-            (f"AR prior cache speed-up, {captions} captions", ratio, "x"), (f"AR prior samples with cache, {captions} at a time", captions / fast, "captions/s")]
+    return [(f"AR prior sampling with cache ({what})", fast, "s"),
+            (f"AR prior sampling without cache ({what})", slow, "s"),
+            (f"AR prior cache speed-up, {captions} captions", ratio, "x"),
+            (f"AR prior samples with cache, {captions} at a time", captions / fast, "captions/s")]
 
 if __name__ == "__main__":
-    for name, value, unit in run(): print(f"{name:60} {value:10.3f} {unit}")
+    for name, value, unit in run():
+        print(f"{name:60} {value:10.3f} {unit}")

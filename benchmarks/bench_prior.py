@@ -13,7 +13,8 @@ WIDTH, DEPTH, HEADS, TOKENS = 512, 6, 8, 77                              # embed
 PEER = ["torch==2.13.0", "torchvision==0.28.0", "dalle2-pytorch", "setuptools<80"]
 
 def clock(fn) -> float:
-    start = time.perf_counter(); fn()
+    start = time.perf_counter()
+    fn()
     return time.perf_counter() - start
 
 def run(captions:int=8, steps:int=64, repeats:int=3):
@@ -22,17 +23,25 @@ def run(captions:int=8, steps:int=64, repeats:int=3):
     from unclip_nb.core import generator, randn
     from unclip_nb.diffusion_prior import DiffusionPrior, PriorConfig
     torch.manual_seed(0)
-    prior, c, g = DiffusionPrior(PriorConfig.tiny()).eval(), PriorConfig.tiny(), generator("bench prior")
-    text, zt = randn((captions, c.context_length, c.text_width), g), F.normalize(randn((captions, c.clip_dim), g), dim=1)
+    prior, c, g = DiffusionPrior(
+        PriorConfig.tiny()).eval(), PriorConfig.tiny(), generator("bench prior")
+    text, zt = randn((captions, c.context_length, c.text_width), g), F.normalize(randn(
+        (captions, c.clip_dim), g),
+                                                                                 dim=1)
     text[:, 14:] = 0                                                     # captions of 14 tokens
-    def seconds(cache): return clock(lambda: prior.sample(text, zt, steps=steps, guidance=2., generator=generator(0), cache=cache))
+
+    def seconds(cache):
+        return clock(lambda: prior.sample(
+            text, zt, steps=steps, guidance=2., generator=generator(0), cache=cache))
     seconds(True)                                                        # warm up
     pairs = [(seconds(True), seconds(False)) for _ in range(repeats)]    # alternating, so that both meet the same machine
     fast, slow = (statistics.median(p) for p in zip(*pairs))
     ratio = statistics.median(b / a for a, b in pairs)
     what = f"{captions} captions, {steps} steps"
-    return [(f"prior sampling with cache ({what})", fast, "s"), (f"prior sampling without cache ({what})", slow, "s"),
-            ("prior cache speed-up", ratio, "x"), ("prior samples with cache", captions / fast, "captions/s")]
+    return [(f"prior sampling with cache ({what})", fast, "s"),
+            (f"prior sampling without cache ({what})", slow, "s"),
+            ("prior cache speed-up", ratio, "x"),
+            ("prior samples with cache", captions / fast, "captions/s")]
 
 # Both priors under one face: `sample(batch, steps)` and `train(batch)` do it once.
 
@@ -41,8 +50,15 @@ class Ours:
         import torch
         from unclip_nb.diffusion_prior import DiffusionPrior, PriorConfig
         torch.manual_seed(0)
-        self.torch, self.prior = torch, DiffusionPrior(PriorConfig(clip_dim=WIDTH, text_width=WIDTH, context_length=TOKENS, width=WIDTH, layers=DEPTH, heads=HEADS))
-        self.optimizer, self.parameters = torch.optim.AdamW(self.prior.parameters(), 1e-4), sum(p.numel() for p in self.prior.parameters())
+        self.torch, self.prior = torch, DiffusionPrior(
+            PriorConfig(clip_dim=WIDTH,
+                        text_width=WIDTH,
+                        context_length=TOKENS,
+                        width=WIDTH,
+                        layers=DEPTH,
+                        heads=HEADS))
+        self.optimizer, self.parameters = torch.optim.AdamW(self.prior.parameters(), 1e-4), sum(
+            p.numel() for p in self.prior.parameters())
 
     def batch(self, n):
         g, F = self.torch.Generator().manual_seed(0), self.torch.nn.functional
@@ -51,34 +67,58 @@ class Ours:
 
     def sample(self, n, steps):
         b = self.batch(n)
-        self.prior.eval().sample(b["text"], b["zt"], steps=steps, guidance=2., candidates=2, sampler="ddpm", generator=self.torch.Generator().manual_seed(0))
+        self.prior.eval().sample(b["text"],
+                                 b["zt"],
+                                 steps=steps,
+                                 guidance=2.,
+                                 candidates=2,
+                                 sampler="ddpm",
+                                 generator=self.torch.Generator().manual_seed(0))
 
     def train(self, n):
         self.prior.train().loss(self.batch(n), self.torch.Generator().manual_seed(0)).backward()
-        self.optimizer.step(); self.optimizer.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 class Theirs(Ours):
     "DALLE2-pytorch's, in its own environment."
     def __init__(self):
         import torch
-        try: import torchvision
+        try:
+            import torchvision
         except RuntimeError:                                             # its CUDA build beside a CPU-only torch
             self.lib = torch.library.Library("torchvision", "DEF")
-            for op in ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor", "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"): self.lib.define(op)
+            for op in ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+                       "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"):
+                self.lib.define(op)
         from dalle2_pytorch import DiffusionPrior, DiffusionPriorNetwork
         torch.manual_seed(0)
-        net = DiffusionPriorNetwork(dim=WIDTH, depth=DEPTH, heads=HEADS, dim_head=WIDTH // HEADS, max_text_len=TOKENS)
-        self.torch, self.prior = torch, DiffusionPrior(net, image_embed_dim=WIDTH, timesteps=1000, cond_drop_prob=0.1)
-        self.optimizer, self.parameters = torch.optim.AdamW(self.prior.parameters(), 1e-4), sum(p.numel() for p in self.prior.parameters())
+        net = DiffusionPriorNetwork(dim=WIDTH,
+                                    depth=DEPTH,
+                                    heads=HEADS,
+                                    dim_head=WIDTH // HEADS,
+                                    max_text_len=TOKENS)
+        self.torch, self.prior = torch, DiffusionPrior(net,
+                                                       image_embed_dim=WIDTH,
+                                                       timesteps=1000,
+                                                       cond_drop_prob=0.1)
+        self.optimizer, self.parameters = torch.optim.AdamW(self.prior.parameters(), 1e-4), sum(
+            p.numel() for p in self.prior.parameters())
 
     def sample(self, n, steps):
         b = {k: v.repeat_interleave(2, 0) for k, v in self.batch(n).items()}     # its `sample` draws two and needs a CLIP; this is what lies inside
-        self.prior.eval().p_sample_loop((2 * n, WIDTH), text_cond=dict(text_embed=b["zt"], text_encodings=b["text"]), cond_scale=2., timesteps=steps + 1)   # its n+1 points are n steps
+        self.prior.eval().p_sample_loop((2 * n, WIDTH),
+                                        text_cond=dict(text_embed=b["zt"],
+                                                       text_encodings=b["text"]),
+                                        cond_scale=2.,
+                                        timesteps=steps + 1)  # its n+1 points are n steps
 
     def train(self, n):
         b = self.batch(n)
-        self.prior.train()(text_embed=b["zt"], text_encodings=b["text"], image_embed=b["zi"]).backward()
-        self.optimizer.step(); self.optimizer.zero_grad()
+        self.prior.train()(text_embed=b["zt"], text_encodings=b["text"],
+                           image_embed=b["zi"]).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 def serve(threads:int):
     "The peer's side: a line `sample 2 64` or `train 32` in, seconds out."
@@ -96,10 +136,14 @@ def make_env(folder:Path) -> Path:
     python = folder/("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not (folder/".ready").exists():
         print(f"making {folder} with {' '.join(PEER)} ...", flush=True)
-        env = os.environ | {"UV_FIND_LINKS": os.environ.get("UV_FIND_LINKS", ",".join(os.environ.get("PIP_FIND_LINKS", "").split()))}
+        env = os.environ | {
+            "UV_FIND_LINKS": os.environ.get("UV_FIND_LINKS", ",".join(
+                os.environ.get("PIP_FIND_LINKS", "").split()))
+        }
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
         uv = Path(sys.executable).with_name("uv")
-        if not (uv.exists() and subprocess.run([uv, "pip", "install", "-q", "--python", python, *PEER], env=env).returncode == 0):
+        if not (uv.exists() and subprocess.run(
+            [uv, "pip", "install", "-q", "--python", python, *PEER], env=env).returncode == 0):
             subprocess.run([python, "-m", "pip", "install", "-q", *PEER], check=True)
         (folder/".ready").touch()
     return python
@@ -107,13 +151,21 @@ def make_env(folder:Path) -> Path:
 def against_peer(folder:Path, batches=(2, 32), steps:int=64, train:int=32, repeats:int=3):
     "Rows (name, value, unit): ours, theirs and their ratio for sampling and for a training step."
     import torch
-    worker = subprocess.Popen([make_env(folder), __file__, "--serve", str(torch.get_num_threads())], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                              stderr=subprocess.DEVNULL, text=True)
+    worker = subprocess.Popen([make_env(folder), __file__, "--serve",
+                               str(torch.get_num_threads())],
+                              stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL,
+                              text=True)
     def theirs(*task):
-        worker.stdin.write(" ".join(map(str, task)) + "\n"); worker.stdin.flush()
+        worker.stdin.write(" ".join(map(str, task)) + "\n")
+        worker.stdin.flush()
         return float(worker.stdout.readline())
     first = worker.stdout.readline()
-    if not first: raise SystemExit(f"the peer does not start: try {folder}/bin/python {__file__} --serve 1; or delete {folder}")
+    if not first:
+        raise SystemExit(
+            f"the peer does not start: try {folder}/bin/python {__file__} --serve 1; or delete {folder}"
+        )
     ours = Ours()
     yield "parameters: ours", ours.parameters / 1e6, "M"
     yield "parameters: DALLE2-pytorch", int(first) / 1e6, "M"
@@ -125,16 +177,31 @@ def against_peer(folder:Path, batches=(2, 32), steps:int=64, train:int=32, repea
         yield f"ours: {what}", statistics.median(a for a, _ in pairs), "s"
         yield f"DALLE2-pytorch: {what}", statistics.median(b for _, b in pairs), "s"
         yield "  times as fast", statistics.median(b / a for a, b in pairs), "x"
-    worker.stdin.close(); worker.wait()
+    worker.stdin.close()
+    worker.wait()
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", nargs="?", type=Path, const=ROOT/".peer_env", metavar="FOLDER", help="compare with DALLE2-pytorch; its environment lies here")
-    parser.add_argument("--batch", nargs="+", type=int, default=[2, 32], help="captions at a time, against the peer")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer",
+                        nargs="?",
+                        type=Path,
+                        const=ROOT / ".peer_env",
+                        metavar="FOLDER",
+                        help="compare with DALLE2-pytorch; its environment lies here")
+    parser.add_argument("--batch",
+                        nargs="+",
+                        type=int,
+                        default=[2, 32],
+                        help="captions at a time, against the peer")
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--serve", type=int, metavar="THREADS", help=argparse.SUPPRESS)
     a = parser.parse_args()
-    if a.serve: serve(a.serve); sys.exit()
-    rows = against_peer(a.peer, a.batch, a.steps, repeats=a.repeats) if a.peer else run(steps=a.steps, repeats=a.repeats)
-    for name, value, unit in rows: print(f"{name:70} {value:10.3f} {unit}", flush=True)
+    if a.serve:
+        serve(a.serve)
+        sys.exit()
+    rows = against_peer(a.peer, a.batch, a.steps, repeats=a.repeats) if a.peer else run(
+        steps=a.steps, repeats=a.repeats)
+    for name, value, unit in rows:
+        print(f"{name:70} {value:10.3f} {unit}", flush=True)

@@ -23,15 +23,26 @@ def system(folder:Path, checkpoint:Path) -> tuple[UnCLIP, dict]:
     state = json.loads((checkpoint / "state.json").read_text())
     decoder = Decoder(config_from(DecoderConfig, state["model"])).eval()
     load_weights(decoder, load_file(checkpoint / "ema.safetensors"), checkpoint)
-    up = folder / "upsampler1" if (folder / "upsampler1").exists() else data_path("tiny") / "upsampler1"
-    return UnCLIP(CLIP.from_pretrained(folder / "clip"), DiffusionPrior.from_pretrained(folder / "prior"), decoder, Upsampler.from_pretrained(up)), state
+    up = folder / "upsampler1" if (folder /
+                                   "upsampler1").exists() else data_path("tiny") / "upsampler1"
+    return UnCLIP(CLIP.from_pretrained(folder / "clip"),
+                  DiffusionPrior.from_pretrained(folder / "prior"), decoder,
+                  Upsampler.from_pretrained(up)), state
 
 def score(folder:Path, checkpoint:Path, n:int) -> dict:
     "The marks of one checkpoint: step, pictures, seconds of training, and how many of n were right, by route and kind."
     model, state = system(folder, checkpoint)
     train = state["train"]
-    return dict(step=state["step"], seconds=round(state["seconds"]), pictures=state["step"] * train["batch_size"] * train["accumulate"] * state["processes"], n=n,
-                **{route: {kind: take_exam(model, kind, n, route)[0].right for kind in KINDS} for route in ROUTES})
+    return dict(step=state["step"],
+                seconds=round(state["seconds"]),
+                pictures=state["step"] * train["batch_size"] * train["accumulate"] *
+                state["processes"],
+                n=n,
+                **{
+                    route: {kind: take_exam(model, kind, n, route)[0].right
+                            for kind in KINDS}
+                    for route in ROUTES
+                })
 
 def plot(runs:dict[str, list], file:Path):
     "A panel a kind of caption, a line a run and route, with 95 % intervals. On top: minutes, at the 100 pictures a second of two CPU cores."
@@ -39,12 +50,29 @@ def plot(runs:dict[str, list], file:Path):
     for ax, kind in zip(fig.subplots(1, 3, sharey=True), KINDS):
         for (name, rows), color in zip(runs.items(), ("tab:blue", "tab:orange", "tab:green")):
             for route, style in zip(ROUTES, (":", "-")):
-                x, y = [r["pictures"] / 1000 for r in rows], [100 * r[route][kind]["all"] / r["n"] for r in rows]
-                ax.plot(x, y, style, color=color, marker=".", label=f"{name}, {route.replace('z_i', '$z_i$')}")
-            ax.fill_between(x, *zip(*([100 * v for v in wilson(r[route][kind]["all"], r["n"])] for r in rows)), color=color, alpha=0.15, lw=0)
-        ax.set(title=kind, xlabel="thousand pictures", ylim=(0, 101)); ax.grid(alpha=0.3)
-        ax.secondary_xaxis("top", functions=(lambda x: x / 6, lambda x: x * 6)).tick_params(labelsize=7)
-    fig.axes[0].set_ylabel("everything right, %"); fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside upper center", ncol=2, fontsize=8)
+                x, y = [r["pictures"] / 1000
+                        for r in rows], [100 * r[route][kind]["all"] / r["n"] for r in rows]
+                ax.plot(x,
+                        y,
+                        style,
+                        color=color,
+                        marker=".",
+                        label=f"{name}, {route.replace('z_i', '$z_i$')}")
+            ax.fill_between(x,
+                            *zip(*([100 * v for v in wilson(r[route][kind]["all"], r["n"])]
+                                   for r in rows)),
+                            color=color,
+                            alpha=0.15,
+                            lw=0)
+        ax.set(title=kind, xlabel="thousand pictures", ylim=(0, 101))
+        ax.grid(alpha=0.3)
+        ax.secondary_xaxis("top",
+                           functions=(lambda x: x / 6, lambda x: x * 6)).tick_params(labelsize=7)
+    fig.axes[0].set_ylabel("everything right, %")
+    fig.legend(*fig.axes[0].get_legend_handles_labels(),
+               loc="outside upper center",
+               ncol=2,
+               fontsize=8)
     fig.savefig(file)
 
 if __name__ == "__main__":
@@ -54,8 +82,15 @@ if __name__ == "__main__":
     for name, folder in (x.split("=", 1) for x in named):
         rows = runs.setdefault(name, [])
         for c in checkpoints(Path(folder) / "decoder"):
-            if any(r["step"] == int(c.name[5:]) for r in rows): continue
-            rows.append(row := score(Path(folder), c, n)); rows.sort(key=lambda r: r["step"])
-            print(name, row["step"], {route: {k: row[route][k]["all"] for k in KINDS} for route in ROUTES}, flush=True)
+            if any(r["step"] == int(c.name[5:]) for r in rows):
+                continue
+            rows.append(row := score(Path(folder), c, n))
+            rows.sort(key=lambda r: r["step"])
+            print(name,
+                  row["step"],
+                  {route: {k: row[route][k]["all"]
+                           for k in KINDS}
+                   for route in ROUTES},
+                  flush=True)
             Path(table).write_text(json.dumps(runs) + "\n")
     plot(runs, Path(picture))

@@ -33,18 +33,24 @@ def errors(formulas):
     formulas = list(formulas)
     if not formulas:
         return []
-    node = Path(find_spec('playwright').origin).parent/'driver'/('node.exe' if sys.platform == 'win32' else 'node')
+    node = Path(find_spec('playwright').origin).parent / 'driver' / ('node.exe' if sys.platform
+                                                                     == 'win32' else 'node')
     mathjax = Path(find_spec('sphinx-mathjax-offline').origin).parent/'static'/'mathjax'
-    run = subprocess.run([node, '-e', WALK, mathjax], input=json.dumps(formulas), capture_output=True,
-                         text=True, encoding='utf-8', timeout=300)
+    run = subprocess.run([node, '-e', WALK, mathjax],
+                         input=json.dumps(formulas),
+                         capture_output=True,
+                         text=True,
+                         encoding='utf-8',
+                         timeout=300)
     if run.returncode:
         raise RuntimeError(f'MathJax did not run: {run.stderr[-500:]}')
     return json.loads(run.stdout)
 
 def broken(folder):
     "(page, tex, error) of every equation of the built pages that a reader would see in red; how many there are in all."
-    found = [(p.relative_to(folder).as_posix(), *equation) for p in sorted(Path(folder).rglob('*.html'))
-             if '_modules' not in p.parts for equation in equations(p.read_text('utf-8'))]
+    found = [(p.relative_to(folder).as_posix(), *equation)
+             for p in sorted(Path(folder).rglob('*.html')) if '_modules' not in p.parts
+             for equation in equations(p.read_text('utf-8'))]
     said = errors([equation for _, *equation in found])
     return [(page, tex, error) for (page, tex, _), error in zip(found, said) if error], len(found)
 

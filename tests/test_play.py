@@ -40,27 +40,33 @@ def files(model, tmp_path_factory):
 
 def test_every_step_is_pytorchs(files):
     facts = json.loads((files/"unclip.json").read_text())
-    assert {"clip_text", "clip_image", "prior_step", "ar_step", "decoder_step", "upsampler1_step"} <= set(facts["graphs"])
+    assert {"clip_text", "clip_image", "prior_step", "ar_step", "decoder_step",
+            "upsampler1_step"} <= set(facts["graphs"])
     assert all(g["apart"] <= 1e-3 for g in facts["graphs"].values())
     assert sum(f.stat().st_size for f in files.iterdir()) <= 25e6
 
 def test_a_whole_picture_is_pytorchs(files, model):
-    ours, theirs = Exported(files, model).generate(list(EIGHT_CAPTIONS[:2]), seed=3), model.generate(list(EIGHT_CAPTIONS[:2]), seed=3)
+    ours, theirs = Exported(files, model).generate(list(EIGHT_CAPTIONS[:2]),
+                                                   seed=3), model.generate(list(EIGHT_CAPTIONS[:2]),
+                                                                           seed=3)
     assert (((ours - theirs).abs() * 127.5) <= 1).float().mean() >= 0.99
 
 def test_an_operator_that_onnx_lacks_is_one_line(tmp_path):
     class Odd(torch.nn.Module):
         def forward(self, x): return torch.special.bessel_j0(x)
-    with pytest.raises(UnclipError, match="odd cannot be written as ONNX") as e: write_graph("odd", GraphSpec(Odd(), {"x": torch.ones(2)}, ["y"]), tmp_path/"odd.onnx")
+    with pytest.raises(UnclipError, match="odd cannot be written as ONNX") as e:
+        write_graph("odd", GraphSpec(Odd(), {"x": torch.ones(2)}, ["y"]), tmp_path/"odd.onnx")
     assert "\n" not in str(e.value)
 
 def test_another_tokenizer_is_refused(model, monkeypatch):
     monkeypatch.setattr(model.clip, "tokenizer", object())
-    with pytest.raises(UnclipError, match="open_clip's tokenizer"): describe(model)
+    with pytest.raises(UnclipError, match="open_clip's tokenizer"):
+        describe(model)
 
 def test_a_wrong_file_stops_the_export(model, tmp_path, monkeypatch):
     monkeypatch.setattr("unclip_nb.export.difference", lambda *a: 0.5)
-    with pytest.raises(UnclipError, match="clip_text as ONNX differs from PyTorch by 0.5"): export(model, tmp_path/"out")
+    with pytest.raises(UnclipError, match="clip_text as ONNX differs from PyTorch by 0.5"):
+        export(model, tmp_path/"out")
     assert not (tmp_path/"out"/"unclip.json").exists()
 
 def test_the_command_lists_and_refuses():
@@ -70,18 +76,24 @@ def test_the_command_lists_and_refuses():
 
 # The page
 
-def find_chromium(): return os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+
+def find_chromium():
+    return os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which(
+        "chromium-browser")
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *args): pass
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    if not find_chromium(): pytest.skip("no Chromium here: apt-get install chromium, or name one in CHROMIUM")
+    if not find_chromium():
+        pytest.skip("no Chromium here: apt-get install chromium, or name one in CHROMIUM")
     pytest.importorskip("playwright.sync_api")
     out = tmp_path_factory.mktemp("site")/"play"
-    try: load_builder().build(out)
-    except UnclipError as e: pytest.skip(str(e))
+    try:
+        load_builder().build(out)
+    except UnclipError as e:
+        pytest.skip(str(e))
     def handler(*a, **k): return Quiet(*a, directory=str(out.parent), **k)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -92,7 +104,9 @@ def site(tmp_path_factory):
 def browser(site):
     from playwright.sync_api import sync_playwright
     with sync_playwright() as p:
-        b = p.chromium.launch(executable_path=find_chromium(), headless=True, args=["--no-sandbox", "--disable-gpu"])
+        b = p.chromium.launch(executable_path=find_chromium(),
+                              headless=True,
+                              args=["--no-sandbox", "--disable-gpu"])
         yield b
         b.close()
 
@@ -113,27 +127,40 @@ def canvas(page, selector):
     return to_tensor(Image.open(BytesIO(base64.b64decode(url.split(",")[1]))))
 
 def shot(page, name):
-    if os.environ.get("SHOTS"): page.screenshot(path=str(Path(os.environ["SHOTS"])/f"{name}.png"), full_page=True)
+    if os.environ.get("SHOTS"):
+        page.screenshot(path=str(Path(os.environ["SHOTS"])/f"{name}.png"), full_page=True)
 
 def test_javascript_samplers_are_pythons(page):
     "One toy denoiser, the same numbers in both languages."
     schedule, x_T = Schedule(), torch.linspace(-2, 2, 8)[None]
     def denoise(x, t): return predict(schedule, "x0", 0.5 * torch.sin(x), x, t)
     b = torch.linspace(1, -1, 8)[None] ** 3
-    want = {"ts": respace(1000, 7), "snr": even_snr(schedule, 20), "ddim": ddim_sample(denoise, x_T, schedule, 20)[0].tolist(), "dpm": dpm_sample(denoise, x_T, schedule, 20)[0].tolist(),
-            "invert": ddim_invert(denoise, x_T / 2, schedule, 50, start=50)[0].tolist(), "slerp": slerp(x_T, b, 0.3)[0].tolist()}
-    have = page.evaluate("""async ([abar, x, b]) => {
+    want = {
+        "ts": respace(1000, 7), "snr": even_snr(schedule, 20),
+        "ddim": ddim_sample(denoise, x_T, schedule,
+                            20)[0].tolist(), "dpm": dpm_sample(denoise, x_T, schedule,
+                                                               20)[0].tolist(),
+        "invert": ddim_invert(denoise, x_T / 2, schedule, 50,
+                              start=50)[0].tolist(), "slerp": slerp(x_T, b, 0.3)[0].tolist()
+    }
+    have = page.evaluate(
+        """async ([abar, x, b]) => {
         const s = await import(new URL('js/samplers.js', location.href)), f = Float32Array.from(x);
         const denoise = async (x, t) => s.predict('x0', x.map(v => 0.5 * Math.sin(v)), x, abar[t]);
         return {ts: s.respace(1000, 7), snr: s.even_snr(abar, 20), ddim: [...await s.ddim_sample(denoise, f, abar, 20)], dpm: [...await s.dpm_sample(denoise, f, abar, 20)],
                 invert: [...await s.ddim_invert(denoise, f.map(v => v / 2), abar, 50, {start: 50})], slerp: [...s.slerp(f, Float32Array.from(b), 0.3)]}; }""",
         [schedule.abar.tolist(), x_T[0].tolist(), b[0].tolist()])
-    for k, v in want.items(): assert have[k] == pytest.approx(v, abs=2e-5), k
+    for k, v in want.items():
+        assert have[k] == pytest.approx(v, abs=2e-5), k
 
 def test_javascript_tokens_are_pythons(page, model):
-    texts = [*EIGHT_CAPTIONS, "  A RED\tStar!! 12x ", "ça va? ☃ 日本 <end>", "it's a ring", "star " * 40]
-    have = page.evaluate("""async texts => { const {Tokenizer} = await import(new URL('js/tokenizer.js', location.href));
-        const t = new Tokenizer((await (await fetch('files/unclip.json')).json()).tokenizer); return texts.map(x => t.encode(x)); }""", texts)
+    texts = [
+        *EIGHT_CAPTIONS, "  A RED\tStar!! 12x ", "ça va? ☃ 日本 <end>", "it's a ring", "star " * 40
+    ]
+    have = page.evaluate(
+        """async texts => { const {Tokenizer} = await import(new URL('js/tokenizer.js', location.href));
+        const t = new Tokenizer((await (await fetch('files/unclip.json')).json()).tokenizer); return texts.map(x => t.encode(x)); }""",
+        texts)
     assert have == model.clip.tokenizer.encode(texts).tolist()
 
 def test_draws_what_the_captions_say(page):
@@ -144,12 +171,15 @@ def test_draws_what_the_captions_say(page):
         page.wait_for_function("document.querySelector('#draw-out .use')")
         page.click("#cancel")
         settled(page)
-        right += bool(matches(parse_caption(c), read_scene(canvas(page, "#draw-out canvas"), strict=False))["all"])
+        right += bool(
+            matches(parse_caption(c), read_scene(canvas(page, "#draw-out canvas"),
+                                                 strict=False))["all"])
     assert right >= 7
 
 def test_the_strips(page):
     for k in ("eta", "blend-at", "parts-at"):
-        page.eval_on_selector(f"#{k}", "e => { e.value = 1; e.dispatchEvent(new Event('input', {bubbles: true})); }")
+        page.eval_on_selector(
+            f"#{k}", "e => { e.value = 1; e.dispatchEvent(new Event('input', {bubbles: true})); }")
         assert page.inner_text(f"label:has(#{k}) output").strip()
     for name, n in (("vary", 2), ("diff", 7)):
         page.click(f"#{name}-go")
@@ -157,7 +187,9 @@ def test_the_strips(page):
         assert status(page).startswith("Done") and page.locator(f"#{name}-out canvas").count() == n
     seen = []
     for i in (0, 6):
-        page.eval_on_selector("#diff-at", f"e => {{ e.value = {i}; e.dispatchEvent(new Event('input', {{bubbles: true}})); }}")
+        page.eval_on_selector(
+            "#diff-at",
+            f"e => {{ e.value = {i}; e.dispatchEvent(new Event('input', {{bubbles: true}})); }}")
         seen.append(canvas(page, "#diff-view"))
     assert (seen[0] - seen[1]).abs().mean() > 0.01
     shot(page, "strips")
@@ -172,10 +204,14 @@ def test_cancel_stops_and_keeps(page):
 def test_uploads(page):
     buffer = BytesIO()
     Image.new("RGBA", (90, 40), (220, 40, 40, 255)).save(buffer, "PNG")
-    page.set_input_files("[data-slot='0'] input[type=file]", {"name": "red.png", "mimeType": "image/png", "buffer": buffer.getvalue()})
+    page.set_input_files("[data-slot='0'] input[type=file]",
+                         {"name": "red.png", "mimeType": "image/png", "buffer": buffer.getvalue()})
     page.wait_for_function("document.querySelector('.said').textContent.startsWith('red.png')")
-    assert canvas(page, "[data-slot='0'] canvas").mean((1, 2)).tolist() == pytest.approx([220 / 127.5 - 1, 40 / 127.5 - 1, 40 / 127.5 - 1], abs=0.02)
-    page.set_input_files("[data-slot='0'] input[type=file]", {"name": "odd.png", "mimeType": "image/png", "buffer": b"no picture"})
+    assert canvas(page, "[data-slot='0'] canvas").mean(
+        (1, 2)).tolist() == pytest.approx([220 / 127.5 - 1, 40 / 127.5 - 1, 40 / 127.5 - 1],
+                                          abs=0.02)
+    page.set_input_files("[data-slot='0'] input[type=file]",
+                         {"name": "odd.png", "mimeType": "image/png", "buffer": b"no picture"})
     page.wait_for_function("document.querySelector('#status').classList.contains('bad')")
     assert "“odd.png” cannot be read as a picture" in status(page)
 
@@ -196,7 +232,10 @@ def test_an_empty_caption_is_a_sentence(page):
     page.click(".main")
     assert status(page).startswith("The caption is empty")
 
-@pytest.mark.parametrize("missing, says", [("files/prior_step.onnx", "prior_step.onnx is missing"), ("files/unclip.json", "unclip.json is missing"), ("ort/ort.wasm.min.mjs", "runs the networks")])
+
+@pytest.mark.parametrize("missing, says", [("files/prior_step.onnx", "prior_step.onnx is missing"),
+                                           ("files/unclip.json", "unclip.json is missing"),
+                                           ("ort/ort.wasm.min.mjs", "runs the networks")])
 def test_a_missing_file_is_a_sentence(browser, site, missing, says):
     page = browser.new_page()
     page.context.route(f"**/{missing}", lambda route: route.fulfill(status=404, body=""))

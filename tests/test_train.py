@@ -20,25 +20,41 @@ class Toy(Stage):
     name = "toy"
     def __init__(self, config:ToyConfig):
         super().__init__(config)
-        if config.width % 2: raise ValueError("width must be even")
+        if config.width % 2:
+            raise ValueError("width must be even")
         w, self.started = config.width, 0
-        self.net = nn.Sequential(nn.Linear(3, w), nn.LayerNorm(w), nn.GELU(), nn.Dropout(config.dropout), nn.Linear(w, 3))
+        self.net = nn.Sequential(nn.Linear(3, w), nn.LayerNorm(w), nn.GELU(),
+                                 nn.Dropout(config.dropout), nn.Linear(w, 3))
         self.register_buffer("mean", torch.zeros(3))
     def start(self, batches): self.started += 1; self.mean.copy_(batches.at(0)["x"].mean(0))
     def loss(self, batch, generator):
         x = batch["x"] - self.mean
-        return (self.net(x + self.config.noise * torch.randn(x.shape, generator=generator).to(x)) - x).square().mean()
+        return (self.net(x + self.config.noise * torch.randn(x.shape, generator=generator).to(x)) -
+                x).square().mean()
 
 class Points:
     batch_size = 6
     def at(self, step, rank=0, world=1):
         x = torch.randn(self.batch_size * world, 3, generator=torch.Generator().manual_seed(step))
-        return {"x": x[rank * self.batch_size:(rank + 1) * self.batch_size], "caption": ["a point"] * self.batch_size}
+        return {
+            "x": x[rank * self.batch_size:(rank + 1) * self.batch_size],
+            "caption": ["a point"] * self.batch_size
+        }
 
 def toy(**kw): torch.manual_seed(0); return Toy(ToyConfig(**kw))
 def run(out, model=None, batches=None, resume=False, preview=None, **kw):
-    return fit(model or toy(), batches or Points(), replace(CFG, **kw), out, preview, resume, device="cpu", progress=False)
-def same(a, b): return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+    return fit(model or toy(),
+               batches or Points(),
+               replace(CFG, **kw),
+               out,
+               preview,
+               resume,
+               device="cpu",
+               progress=False)
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
 def names(out): return [c.name for c in checkpoints(out)]
 def junk(out): return [p for p in Path(out).parent.rglob(".tmp*")]
 CFG = TrainConfig(steps=30, batch_size=6, lr=1e-2, warmup=5, save_every=10, log_every=7)
@@ -50,53 +66,72 @@ def test_cosine_and_constant():
     for s in range(100):
         want = 3 * (s + 1) / 10 if s < 10 else 1.5 * (1 + math.cos(math.pi * (s - 10) / 90))
         assert lr_at(s, c) == pytest.approx(want)
-        assert lr_at(s, replace(c, schedule="constant")) == pytest.approx(min(want, 3) if s < 10 else 3)
+        assert lr_at(s,
+                     replace(c,
+                             schedule="constant")) == pytest.approx(min(want, 3) if s < 10 else 3)
 
 @pytest.mark.parametrize("steps", [10, 37, 400])
 def test_onecycle_equals_torch(steps):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
     for s in range(steps):
-        assert lr_at(s, TrainConfig(steps=steps, lr=2e-3, schedule="onecycle")) == pytest.approx(theirs.get_last_lr()[0], rel=1e-9, abs=1e-12)
-        optimizer.step(); s + 1 < steps and theirs.step()
+        assert lr_at(s, TrainConfig(steps=steps, lr=2e-3,
+                                    schedule="onecycle")) == pytest.approx(theirs.get_last_lr()[0],
+                                                                           rel=1e-9,
+                                                                           abs=1e-12)
+        optimizer.step()
+        s + 1 < steps and theirs.step()
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant", "onecycle"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 def test_short_runs_have_a_rate(schedule, steps):
-    for s in range(steps): assert 0 < lr_at(s, TrainConfig(steps=steps, warmup=0, schedule=schedule, lr=1.0)) <= 1
+    for s in range(steps):
+        assert 0 < lr_at(s, TrainConfig(steps=steps, warmup=0, schedule=schedule, lr=1.0)) <= 1
 
 def test_ema_closed_form():
     model, ema = nn.Linear(1, 1, bias=False).double(), nn.Linear(1, 1, bias=False).double()
     ws, want = torch.randn(200, generator=torch.Generator().manual_seed(0)).double(), []
     d = [min(0.9, (1 + s) / (10 + s)) for s in range(200)]
     start = ema.weight.item()
-    for s, w in enumerate(ws): model.weight.data.fill_(w); ema_update(ema, model, s, 0.9)
-    want = start * math.prod(d) + sum((1 - d[i]) * math.prod(d[i + 1:]) * ws[i].item() for i in range(200))
+    for s, w in enumerate(ws):
+        model.weight.data.fill_(w)
+        ema_update(ema, model, s, 0.9)
+    want = start * math.prod(d) + sum(
+        (1 - d[i]) * math.prod(d[i + 1:]) * ws[i].item() for i in range(200))
     assert ema.weight.item() == pytest.approx(want, rel=1e-10)
 
 def test_who_decays():
     decay, rest = make_optimizer(toy(), TrainConfig(weight_decay=0.1)).param_groups
     assert [g["weight_decay"] for g in (decay, rest)] == [0.1, 0.0]
-    assert all(p.ndim == 2 for p in decay["params"]) and all(p.ndim == 1 for p in rest["params"]) and len(decay["params"] + rest["params"]) == 6
+    assert all(p.ndim == 2 for p in decay["params"]) and all(
+        p.ndim == 1 for p in rest["params"]) and len(decay["params"] + rest["params"]) == 6
 
 def test_muon_steps_along_the_gradients_directions_all_equally_long():
     "Against an SVD: the first step of every matrix is U V^T, of AdamW's usual length; that of a vector AdamW's with Nesterov's look-ahead, 1 + beta1 times the sign of the gradient."
-    torch.manual_seed(0); net = nn.Sequential(nn.Conv2d(4, 24, 3), nn.GroupNorm(2, 24), nn.Conv2d(24, 16, 3)); before = [p.detach().clone() for p in net.parameters()]
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(4, 24, 3), nn.GroupNorm(2, 24), nn.Conv2d(24, 16, 3))
+    before = [p.detach().clone() for p in net.parameters()]
     optimizer = make_optimizer(net, TrainConfig(optimizer="muon", lr=0.01))
-    net(torch.randn(8, 4, 9, 9)).square().mean().backward(); optimizer.step()
+    net(torch.randn(8, 4, 9, 9)).square().mean().backward()
+    optimizer.step()
     for p, b in zip(net.parameters(), before):
         step = (b - p.detach()) / 0.01
-        if p.ndim == 1: torch.testing.assert_close(step, 1.9 * p.grad.sign(), rtol=1e-2, atol=1e-2); continue
-        g, step = p.grad.flatten(1).double(), step.flatten(1).double() / (0.2 * max(p.grad.flatten(1).shape) ** 0.5)
+        if p.ndim == 1:
+            torch.testing.assert_close(step, 1.9 * p.grad.sign(), rtol=1e-2, atol=1e-2)
+            continue
+        g, step = p.grad.flatten(
+            1).double(), step.flatten(1).double() / (0.2 * max(p.grad.flatten(1).shape)**0.5)
         u, s, v = torch.linalg.svd(g, full_matrices=False)
         along, loud = u.T @ step @ v.T, s > 0.03 * s.max()
-        assert loud.sum() > 8 and (along.diagonal()[loud] - 1).abs().max() < 0.35 and (along - along.diagonal().diag()).abs().max() < 0.05
+        assert loud.sum() > 8 and (along.diagonal()[loud] - 1).abs().max() < 0.35 and (
+            along - along.diagonal().diag()).abs().max() < 0.05
 
 # ---------------------------------------------------------------- the loop
 
 def by_hand(model, cfg, batch):
     "AdamW from its definition, clipping, schedule and EMA, without torch.optim."
-    params = list(model.parameters()); m, v = [[torch.zeros_like(p) for p in params] for _ in range(2)]
+    params = list(model.parameters())
+    m, v = [[torch.zeros_like(p) for p in params] for _ in range(2)]
     ema = [p.detach().clone() for p in params]
     for step in range(cfg.steps):
         grads = torch.autograd.grad(model.loss(batch(step), None), params)
@@ -105,17 +140,22 @@ def by_hand(model, cfg, batch):
         with torch.no_grad():
             for i, (p, g) in enumerate(zip(params, grads)):
                 g = g * min(1, cfg.clip_norm / norm)
-                if p.ndim > 1: p -= lr * cfg.weight_decay * p
-                m[i] = cfg.beta1 * m[i] + (1 - cfg.beta1) * g; v[i] = cfg.beta2 * v[i] + (1 - cfg.beta2) * g * g
-                p -= lr * (m[i] / (1 - cfg.beta1**(step + 1))) / ((v[i] / (1 - cfg.beta2**(step + 1))).sqrt() + cfg.eps)
+                if p.ndim > 1:
+                    p -= lr * cfg.weight_decay * p
+                m[i] = cfg.beta1 * m[i] + (1 - cfg.beta1) * g
+                v[i] = cfg.beta2 * v[i] + (1 - cfg.beta2) * g * g
+                p -= lr * (m[i] / (1 - cfg.beta1**(step + 1))) / (
+                    (v[i] / (1 - cfg.beta2**(step + 1))).sqrt() + cfg.eps)
                 ema[i] = d * ema[i] + (1 - d) * p
     return ema
 
 def test_equals_a_loop_written_by_hand(tmp_path):
     cfg = dict(steps=25, weight_decay=0.3, clip_norm=0.2, ema_decay=0.8)
     model = run(tmp_path, toy(dropout=0, noise=0), **cfg)
-    reference = toy(dropout=0, noise=0); reference.start(Points())
-    for ours, theirs in zip(model.parameters(), by_hand(reference, replace(CFG, **cfg), Points().at)):
+    reference = toy(dropout=0, noise=0)
+    reference.start(Points())
+    for ours, theirs in zip(model.parameters(), by_hand(reference, replace(CFG, **cfg),
+                                                        Points().at)):
         assert torch.allclose(ours, theirs, atol=2e-6), (ours - theirs).abs().max()
     norms = [r["grad_norm"] for r in read_log(tmp_path)]
     assert max(norms) > 0.2 and not model.training     # it did clip
@@ -123,38 +163,55 @@ def test_equals_a_loop_written_by_hand(tmp_path):
 def test_accumulation_equals_a_larger_batch(tmp_path):
     class Small(Points):
         batch_size = 3
-        def at(self, step, rank=0, world=1): return {"x": Points().at(step // 2)["x"][3 * (step % 2):][:3]}
+
+        def at(self, step, rank=0, world=1):
+            return {"x": Points().at(step // 2)["x"][3 * (step % 2):][:3]}
     class Start(Toy): # the same statistics for both
         def start(self, batches): pass
-    torch.manual_seed(0); a = Start(ToyConfig(dropout=0, noise=0)); torch.manual_seed(0); b = Start(ToyConfig(dropout=0, noise=0))
-    run(tmp_path / "a", a); run(tmp_path / "b", b, Small(), accumulate=2)
+    torch.manual_seed(0)
+    a = Start(ToyConfig(dropout=0, noise=0))
+    torch.manual_seed(0)
+    b = Start(ToyConfig(dropout=0, noise=0))
+    run(tmp_path / "a", a)
+    run(tmp_path / "b", b, Small(), accumulate=2)
     assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(a.parameters(), b.parameters()))
 
 def test_log_curve_previews_and_files(tmp_path):
     seen = []
     def preview(model):
-        seen.append((model.training, torch.is_grad_enabled())); return Image.new("RGB", (4, 4))
+        seen.append((model.training, torch.is_grad_enabled()))
+        return Image.new("RGB", (4, 4))
     out = tmp_path / "deep" / "run"
     model = run(out, preview=preview, preview_every=20, steps=25)
     rows = read_log(out)
-    assert [r["step"] for r in rows] == [7, 14, 21, 25] and set(rows[0]) == {"step", "loss", "lr", "grad_norm", "images_per_s", "seconds"}
-    assert [r["lr"] for r in rows] == [lr_at(s - 1, replace(CFG, steps=25)) for s in (7, 14, 21, 25)]
-    assert sorted(p.name for p in out.rglob("*.png")) == ["loss.png", "step_000020.png", "step_000025.png"] and seen == [(False, False)] * 2
+    assert [r["step"] for r in rows] == [7, 14, 21, 25] and set(
+        rows[0]) == {"step", "loss", "lr", "grad_norm", "images_per_s", "seconds"}
+    assert [r["lr"]
+            for r in rows] == [lr_at(s - 1, replace(CFG, steps=25)) for s in (7, 14, 21, 25)]
+    assert sorted(p.name for p in out.rglob("*.png")) == [
+        "loss.png", "step_000020.png", "step_000025.png"
+    ] and seen == [(False, False)] * 2
     assert names(out) == ["step_00000020", "step_00000025"] and model.started == 1
-    assert sorted(p.name for p in checkpoints(out)[-1].iterdir()) == ["ema.safetensors", "model.safetensors", "optimizer.safetensors", "state.json"]
+    assert sorted(p.name for p in checkpoints(out)[-1].iterdir()) == [
+        "ema.safetensors", "model.safetensors", "optimizer.safetensors", "state.json"
+    ]
     assert same(Toy.from_pretrained(out), model) and not junk(out)
     assert not [p for p in out.rglob("*") if p.suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt")]
 
 def test_bf16_channels_last_and_other_settings_one_after_another(tmp_path):
-    a = run(tmp_path / "a"); b = run(tmp_path / "b", precision="bf16", channels_last=True); c = run(tmp_path / "c")
+    a = run(tmp_path / "a")
+    b = run(tmp_path / "b", precision="bf16", channels_last=True)
+    c = run(tmp_path / "c")
     assert same(a, c) and not same(a, b) and all(p.dtype == torch.float32 for p in b.parameters())
     assert max((x - y).abs().max() for x, y in zip(a.parameters(), b.parameters())) < 0.1
     assert type(b).forward is Stage.forward and "forward" not in vars(b)    # accelerate left the stage alone
 
 def test_ahead_keeps_order_and_passes_errors_on():
-    assert list(ahead(lambda s: s, range(5), True)) == list(ahead(lambda s: s, range(5), False)) == [0, 1, 2, 3, 4]
+    assert list(ahead(lambda s: s, range(5), True)) == list(ahead(lambda s: s, range(5),
+                                                                  False)) == [0, 1, 2, 3, 4]
     assert list(ahead(lambda s: s, range(3, 3), True)) == []
-    with pytest.raises(ZeroDivisionError): list(ahead(lambda s: 1 // (2 - s), range(5), True))
+    with pytest.raises(ZeroDivisionError):
+        list(ahead(lambda s: 1 // (2 - s), range(5), True))
 
 # ---------------------------------------------------------------- stopping and resuming
 
@@ -200,12 +257,18 @@ pid, _ = child(work / "killed"); assert os.waitpid(pid, 0)[1] == 0
 '''
 
 def test_killed_five_times_ends_bit_for_bit_the_same(tmp_path):
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(tmp_path)], capture_output=True, text=True, timeout=1800)
+    done = subprocess.run([sys.executable, "-c", SCRIPT,
+                           str(Path(__file__).parent),
+                           str(tmp_path)],
+                          capture_output=True,
+                          text=True,
+                          timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("killed") == 5 and "in a save" in done.stdout
     a, b = tmp_path / "whole", tmp_path / "killed"
     assert names(a) == names(b) and not junk(b)
-    for f in sorted(a.rglob("*.safetensors")): assert f.read_bytes() == (b / f.relative_to(a)).read_bytes(), f
+    for f in sorted(a.rglob("*.safetensors")):
+        assert f.read_bytes() == (b / f.relative_to(a)).read_bytes(), f
     curve = lambda out: [(r["step"], r["loss"], r["lr"], r["grad_norm"]) for r in read_log(out)]
     assert curve(a) == curve(b) and len(curve(a)) == 9
 
@@ -213,10 +276,12 @@ def test_killed_five_times_ends_bit_for_bit_the_same(tmp_path):
 def test_a_polite_stop_saves_and_says_how_to_go_on(tmp_path, number, capfd):
     class Stopping(Points):
         def at(self, step, rank=0, world=1):
-            if step == 12: signal.raise_signal(number)
+            if step == 12:
+                signal.raise_signal(number)
             return super().at(step, rank, world)
     before = signal.getsignal(number)
-    with pytest.raises(KeyboardInterrupt): fit(toy(), Stopping(), CFG, tmp_path / "b", device="cpu")
+    with pytest.raises(KeyboardInterrupt):
+        fit(toy(), Stopping(), CFG, tmp_path / "b", device="cpu")
     assert signal.getsignal(number) is before and "--resume" in capfd.readouterr().err
     assert names(tmp_path / "b")[-1] == "step_00000013"
     assert same(run(tmp_path / "a"), run(tmp_path / "b", resume=True))
@@ -224,102 +289,155 @@ def test_a_polite_stop_saves_and_says_how_to_go_on(tmp_path, number, capfd):
 def test_muon_resumes_exactly(tmp_path):
     whole = run(tmp_path / "a", toy(width=16), optimizer="muon")
     run(tmp_path / "b", toy(width=16), optimizer="muon", schedule="cosine", steps=30, save_every=10)
-    for late in names(tmp_path / "b")[1:]: shutil.rmtree(tmp_path / "b/checkpoints" / late)
+    for late in names(tmp_path / "b")[1:]:
+        shutil.rmtree(tmp_path / "b/checkpoints" / late)
     resumed = run(tmp_path / "b", toy(width=16), optimizer="muon", resume=True)
     assert same(whole, resumed) and not same(whole, run(tmp_path / "c", toy(width=16)))
 
 def test_a_second_signal_acts_at_once():
     with Interrupt():
         signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt): signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 def test_resume_with_accumulation_and_more_steps(tmp_path):
     a = run(tmp_path / "a", accumulate=3, schedule="constant", steps=30)
     run(tmp_path / "b", accumulate=3, schedule="constant", steps=11)
-    model = toy(); b = run(tmp_path / "b", model, accumulate=3, schedule="constant", steps=30, save_every=4, keep=1, resume=True)
+    model = toy()
+    b = run(tmp_path / "b",
+            model,
+            accumulate=3,
+            schedule="constant",
+            steps=30,
+            save_every=4,
+            keep=1,
+            resume=True)
     assert same(a, b) and model.started == 0 and names(tmp_path / "b") == ["step_00000030"]
     again = run(tmp_path / "b", accumulate=3, schedule="constant", steps=30, resume=True)        # nothing left to do
     assert same(again, b)
 
 def test_a_checkpoint_is_neither_overwritten_nor_mixed(tmp_path):
-    out = tmp_path / "r"; run(out, steps=10)
-    with pytest.raises(UnclipError, match="--resume or choose another --out"): run(out)
+    out = tmp_path / "r"
+    run(out, steps=10)
+    with pytest.raises(UnclipError, match="--resume or choose another --out"):
+        run(out)
     for change in (dict(lr=1.0), dict(batch_size=7), dict(seed=1), dict(ema_decay=0.5)):
-        with pytest.raises(UnclipError, match=next(iter(change))): run(out, resume=True, **change)
-    with pytest.raises(UnclipError, match="model.width = 8, this run 16"): run(out, toy(width=16), resume=True)
-    class Other(Toy): name = "other"
-    with pytest.raises(UnclipError, match="stage"): run(out, Other(ToyConfig()), resume=True)
+        with pytest.raises(UnclipError, match=next(iter(change))):
+            run(out, resume=True, **change)
+    with pytest.raises(UnclipError, match="model.width = 8, this run 16"):
+        run(out, toy(width=16), resume=True)
+    class Other(Toy):
+        name = "other"
+    with pytest.raises(UnclipError, match="stage"):
+        run(out, Other(ToyConfig()), resume=True)
     assert names(out) == ["step_00000010"]
 
-DAMAGES = {"cut": lambda f: f.write_bytes(f.read_bytes()[:-7]), "empty": lambda f: f.write_bytes(b""), "missing": lambda f: f.unlink(),
-           "a flipped bit": lambda f: f.write_bytes(f.read_bytes()[:-3] + bytes([f.read_bytes()[-3] ^ 1]) + f.read_bytes()[-2:])}
 
-@pytest.mark.parametrize("file", ["model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"])
+DAMAGES = {
+    "cut": lambda f: f.write_bytes(f.read_bytes()[:-7]), "empty": lambda f: f.write_bytes(b""),
+    "missing": lambda f: f.unlink(), "a flipped bit": lambda f: f.write_bytes(f.read_bytes(
+    )[:-3] + bytes([f.read_bytes()[-3] ^ 1]) + f.read_bytes()[-2:])
+}
+
+
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"])
 def test_a_damaged_checkpoint_gives_way_to_the_older_one(tmp_path, file, caplog):
     "Four files in four ways, and a state.json of {}: the older checkpoint is taken, that is said, and the end is the same."
     run(tmp_path / "whole")
-    ways = DAMAGES | ({"{}": lambda f: f.write_text("{}"), "[]": lambda f: f.write_text("[]")} if file == "state.json" else {})
+    ways = DAMAGES | ({"{}": lambda f: f.write_text("{}"), "[]": lambda f: f.write_text("[]")}
+                      if file == "state.json" else {})
     for way, damage in ways.items():
-        out = tmp_path / way; shutil.copytree(tmp_path / "whole", out); caplog.clear()
+        out = tmp_path / way
+        shutil.copytree(tmp_path / "whole", out)
+        caplog.clear()
         damage(checkpoints(out)[-1] / file)
         assert train.newest_checkpoint(out)[0].name == "step_00000020"
         assert same(run(out, resume=True), Toy.from_pretrained(tmp_path / "whole")), way
         assert "step_00000030/" + file in caplog.text and "going on from the older step_00000020" in caplog.text
         assert names(out) == ["step_00000020", "step_00000030"] and not junk(out)
-        assert len([p for p in (out / "checkpoints").iterdir() if p.name.startswith("damaged_step_00000030")]) == 1     # nothing is thrown away
+        assert len([
+            p for p in (out / "checkpoints").iterdir() if p.name.startswith("damaged_step_00000030")
+        ]) == 1  # nothing is thrown away
 
 def test_damage_everywhere_is_named(tmp_path):
     run(tmp_path / "r")
-    for c in checkpoints(tmp_path / "r"): (c / "state.json").write_text("{}")
-    with pytest.raises(UnclipError, match="step_00000030/model.safetensors|step_00000030/state.json is damaged.*no other checkpoint"): run(tmp_path / "r", resume=True)
+    for c in checkpoints(tmp_path / "r"):
+        (c / "state.json").write_text("{}")
+    with pytest.raises(
+            UnclipError,
+            match=
+            "step_00000030/model.safetensors|step_00000030/state.json is damaged.*no other checkpoint"
+    ):
+        run(tmp_path / "r", resume=True)
 
 def test_checkpoints_of_a_version_without_seals_are_read(tmp_path):
-    run(tmp_path / "whole"); run(tmp_path / "r")
+    run(tmp_path / "whole")
+    run(tmp_path / "r")
     shutil.rmtree(checkpoints(tmp_path / "r")[-1])
     file = checkpoints(tmp_path / "r")[-1] / "state.json"
-    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k not in ("files", "seal", "data")}))
+    file.write_text(
+        json.dumps({
+            k: v
+            for k, v in json.loads(file.read_text()).items() if k not in ("files", "seal", "data")
+        }))
     assert same(run(tmp_path / "r", resume=True), Toy.from_pretrained(tmp_path / "whole"))
 
 def test_garbage_in_the_log_does_not_block_a_resume(tmp_path):
     run(tmp_path / "r", steps=10)
-    with (tmp_path / "r/log.jsonl").open("ab") as f: f.write(b'\xff\xfe\n[1]\n{"loss": 1}\n{"step": "x", "loss": 2}\nnull\n{"step": 10, "lo')
+    with (tmp_path / "r/log.jsonl").open("ab") as f:
+        f.write(b'\xff\xfe\n[1]\n{"loss": 1}\n{"step": "x", "loss": 2}\nnull\n{"step": 10, "lo')
     run(tmp_path / "r", resume=True, steps=20)
     assert [r["step"] for r in read_log(tmp_path / "r")] == [7, 10, 14, 20]
 
 # ---------------------------------------------------------------- finished or not
 
 def test_a_stage_is_finished_only_with_the_weights_of_its_last_checkpoint(tmp_path, monkeypatch):
-    out, kw = tmp_path / "r", dict(schedule="constant"); run(out, steps=10, **kw); record = train.finished_record(out)
+    out, kw = tmp_path / "r", dict(schedule="constant")
+    run(out, steps=10, **kw)
+    record = train.finished_record(out)
     assert record["step"] == 10 and set(record["files"]) == {"config.json", "model.safetensors"}
     monkeypatch.setattr(train, "finish_run", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))       # killed after its last checkpoint
-    with pytest.raises(KeyboardInterrupt): run(out, steps=20, resume=True, **kw)
+    with pytest.raises(KeyboardInterrupt):
+        run(out, steps=20, resume=True, **kw)
     monkeypatch.undo()
     assert names(out)[-1] == "step_00000020" and train.finished_record(out) is None
     run(out, steps=20, resume=True, **kw)
-    assert train.finished_record(out)["step"] == 20 and same(Toy.from_pretrained(out), run(tmp_path / "whole", steps=20, **kw))
+    assert train.finished_record(out)["step"] == 20 and same(
+        Toy.from_pretrained(out), run(tmp_path / "whole", steps=20, **kw))
     for way, damage in DAMAGES.items():
         for file in ("config.json", "model.safetensors", "run.json"):
-            copy = tmp_path / f"{way} {file}"; shutil.copytree(out, copy); damage(copy / file)
+            copy = tmp_path / f"{way} {file}"
+            shutil.copytree(out, copy)
+            damage(copy / file)
             assert train.finished_record(copy) is None, (way, file)
 
 def test_ctrl_c_in_the_last_step_is_not_finished(tmp_path):
     class Stopping(Points):
         def at(self, step, rank=0, world=1):
-            if step == 29: signal.raise_signal(signal.SIGINT)
+            if step == 29:
+                signal.raise_signal(signal.SIGINT)
             return super().at(step, rank, world)
-    with pytest.raises(KeyboardInterrupt): run(tmp_path / "r", batches=Stopping())
-    assert names(tmp_path / "r")[-1] == "step_00000030" and train.finished_record(tmp_path / "r") is None
-    assert same(run(tmp_path / "r", resume=True), run(tmp_path / "whole")) and train.finished_record(tmp_path / "r")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "r", batches=Stopping())
+    assert names(tmp_path / "r")[-1] == "step_00000030" and train.finished_record(
+        tmp_path / "r") is None
+    assert same(run(tmp_path / "r", resume=True), run(
+        tmp_path / "whole")) and train.finished_record(tmp_path / "r")
 
 def test_one_training_a_folder(tmp_path):
     "Another process holds the lock; when it is killed the lock is free."
-    r, w = os.pipe(); pid = os.fork()
+    r, w = os.pipe()
+    pid = os.fork()
     if not pid:
-        with train.locked(tmp_path / "r"): os.write(w, b"x"); signal.pause()
+        with train.locked(tmp_path / "r"):
+            os.write(w, b"x")
+            signal.pause()
     os.read(r, 1)
     said = rf"another training \(process {pid}\) writes into .*r: wait for it, or choose another --out"
     try:
-        with pytest.raises(UnclipError, match=said): run(tmp_path / "r")
+        with pytest.raises(UnclipError, match=said):
+            run(tmp_path / "r")
     finally:                                                    # also where the test fails: no process stays behind
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -332,41 +450,63 @@ def test_other_data_are_refused_or_asked_for(tmp_path):
         def identity(self): return {"source": "pictures", "count": self.count}
     def points(count): p = Points(); p.data = Data(count); return p
     run(tmp_path / "r", batches=points(250), steps=10)
-    with pytest.raises(UnclipError, match="other data \\(count was 250, now 262\\).*--new-data"): run(tmp_path / "r", batches=points(262), resume=True)
-    fit(toy(), points(262), CFG, tmp_path / "r", resume=True, device="cpu", progress=False, new_data=True)
+    with pytest.raises(UnclipError, match="other data \\(count was 250, now 262\\).*--new-data"):
+        run(tmp_path / "r", batches=points(262), resume=True)
+    fit(toy(),
+        points(262),
+        CFG,
+        tmp_path / "r",
+        resume=True,
+        device="cpu",
+        progress=False,
+        new_data=True)
     assert train.finished_record(tmp_path / "r")["data"]["count"] == 262
 
 def test_a_renamed_folder_of_the_same_data_is_the_same_data():
     "As for `embed`: the digest of names and captions decides, not the folder's name."
     before = {"source": "pictures", "count": 250, "digest": "abc"}
-    assert train.other_data(before, before | {"source": "moved"}) == "" == train.other_data(None, before)
-    assert train.other_data(before, before | {"count": 262, "digest": "def", "near": False}) == "count was 250, now 262; digest was abc, now def"
+    assert train.other_data(before, before | {"source": "moved"}) ==""== train.other_data(
+        None, before)
+    assert train.other_data(before,
+                            before | {"count": 262, "digest": "def", "near": False
+                                      }) == "count was 250, now 262; digest was abc, now def"
 
 def test_a_failing_preview_ends_nothing(tmp_path, caplog):
     def preview(model): raise ValueError("Expected end of text\n$")
     model = run(tmp_path / "r", preview=preview, preview_every=10)
-    assert same(model, run(tmp_path / "whole")) and "no preview at step 10 (ValueError: Expected end of text)" in caplog.text
+    assert same(model, run(
+        tmp_path /
+        "whole")) and "no preview at step 10 (ValueError: Expected end of text)" in caplog.text
     assert caplog.text.count("no preview") == 3 and "\n$" not in caplog.text
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
     "The loss of the last step is of the weights before it: it can't tell."
-    monkeypatch.setattr(train, "ema_update", lambda ema, *a: next(ema.parameters()).data.fill_(math.nan))
-    with pytest.raises(UnclipError, match="not finite after step 1; try a lower lr"): run(tmp_path / "r", steps=1)
+    monkeypatch.setattr(train, "ema_update",
+                        lambda ema, *a: next(ema.parameters()).data.fill_(math.nan))
+    with pytest.raises(UnclipError, match="not finite after step 1; try a lower lr"):
+        run(tmp_path / "r", steps=1)
     assert not names(tmp_path / "r") and not (tmp_path / "r/model.safetensors").exists()
 
 def test_files_are_as_readable_as_the_umask_says(tmp_path):
     old = os.umask(0o022)
-    try: run(tmp_path / "r", steps=10)
-    finally: os.umask(old)
-    for f in [*(tmp_path / "r").glob("*.*"), *checkpoints(tmp_path / "r")[-1].iterdir()]: assert f.stat().st_mode & 0o777 == 0o644, f
+    try:
+        run(tmp_path / "r", steps=10)
+    finally:
+        os.umask(old)
+    for f in [*(tmp_path / "r").glob("*.*"), *checkpoints(tmp_path / "r")[-1].iterdir()]:
+        assert f.stat().st_mode & 0o777 == 0o644, f
 
 def test_a_picture_is_whole_or_absent(tmp_path):
-    limits, heard = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits, heard = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(
+        signal.SIGXFSZ, signal.SIG_IGN)
     noise = Image.frombytes("RGB", (99, 99), os.urandom(3 * 99 * 99))
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
-        with pytest.raises(UnclipError, match="cannot write .*a.png"): train.save_picture(noise, tmp_path / "a.png")
-    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits); signal.signal(signal.SIGXFSZ, heard)
+        with pytest.raises(UnclipError, match="cannot write .*a.png"):
+            train.save_picture(noise, tmp_path / "a.png")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, heard)
     assert not list(tmp_path.iterdir())
 
 def test_the_launchers_precision_is_used_unless_another_is_asked_for(monkeypatch, caplog):
@@ -377,14 +517,19 @@ def test_the_launchers_precision_is_used_unless_another_is_asked_for(monkeypatch
     assert "launched with mixed precision bf16, this training uses no" in caplog.text
 
 def test_a_missing_folder_of_ours_does_not_ask_the_hub(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **kw: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download",
+                        lambda *a, **kw: pytest.fail("the hub was asked"))
     for name in ("runs/mine", "./mine", "a" * 300):
-        with pytest.raises(UnclipError, match="no folder"): Toy.from_pretrained(name)
+        with pytest.raises(UnclipError, match="no folder"):
+            Toy.from_pretrained(name)
 
-@pytest.mark.parametrize("field", ["lr", "weight_decay", "beta1", "beta2", "eps", "clip_norm", "ema_decay"])
+
+@pytest.mark.parametrize("field",
+                         ["lr", "weight_decay", "beta1", "beta2", "eps", "clip_norm", "ema_decay"])
 def test_every_number_of_the_recipe_is_checked(field):
     for bad in (math.nan, math.inf, -1.0):
-        with pytest.raises(UnclipError, match=f"{field} is {bad}"): TrainConfig(**{field: bad})
+        with pytest.raises(UnclipError, match=f"{field} is {bad}"):
+            TrainConfig(**{field: bad})
 
 # ---------------------------------------------------------------- faults
 
@@ -393,58 +538,82 @@ def test_nan_stops_before_the_step(tmp_path, where):
     class Bad(Points):
         def at(self, step, rank=0, world=1):
             batch = super().at(step, rank, world)
-            if step == 15: batch["x"][0, 0] = math.nan if where == "data" else 0
+            if step == 15:
+                batch["x"][0, 0] = math.nan if where == "data" else 0
             return batch
     class BadGradient(Toy):
         def loss(self, batch, generator):
             loss = super().loss(batch, generator)
-            return loss + (loss * 0).sqrt() if where == "gradient" and (batch["x"][0, 0] == 0) else loss  # finite, with an infinite slope
-    torch.manual_seed(0); model = BadGradient(ToyConfig())
-    with pytest.raises(UnclipError, match=r"toy: loss .* at step 16; last good checkpoint: .*step_00000010; try a lower lr"): run(tmp_path, model, Bad())
-    assert all(p.isfinite().all() for p in model.parameters()) and names(tmp_path) == ["step_00000010"]
+            return loss + (loss * 0).sqrt() if where == "gradient" and (
+                batch["x"][0, 0] == 0) else loss  # finite, with an infinite slope
+    torch.manual_seed(0)
+    model = BadGradient(ToyConfig())
+    with pytest.raises(
+            UnclipError,
+            match=r"toy: loss .* at step 16; last good checkpoint: .*step_00000010; try a lower lr"
+    ):
+        run(tmp_path, model, Bad())
+    assert all(p.isfinite().all()
+               for p in model.parameters()) and names(tmp_path) == ["step_00000010"]
     assert [r["step"] for r in read_log(tmp_path)] == [7, 14]
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     write = train.save_file
     def full(tensors, path, **kw):
         if "step_00000020" in str(path) and "optimizer" in str(path):
-            Path(path).write_bytes(b"half"); raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         return write(tensors, path, **kw)
     monkeypatch.setattr(train, "save_file", full)
-    with pytest.raises(UnclipError, match="cannot write .*step_00000020: .*No space left"): run(tmp_path / "r")
+    with pytest.raises(UnclipError, match="cannot write .*step_00000020: .*No space left"):
+        run(tmp_path / "r")
     assert names(tmp_path / "r") == ["step_00000010"] and not junk(tmp_path / "r")
     monkeypatch.undo()
     assert same(run(tmp_path / "r", resume=True), run(tmp_path / "whole"))
 
 def test_a_file_that_cannot_grow_leaves_the_old_weights(tmp_path):
     "The writer itself refused by the system, not a mock."
-    model = toy(width=1024); model.save_pretrained(tmp_path / "w")
+    model = toy(width=1024)
+    model.save_pretrained(tmp_path / "w")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-        with pytest.raises(UnclipError, match="cannot write .*/w: .*File too large"): toy(width=512).save_pretrained(tmp_path / "w")
-    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        with pytest.raises(UnclipError, match="cannot write .*/w: .*File too large"):
+            toy(width=512).save_pretrained(tmp_path / "w")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert same(Toy.from_pretrained(tmp_path / "w"), model) and not junk(tmp_path / "w")
 
 def test_an_out_that_is_a_file(tmp_path):
     (tmp_path / "f").write_text("")
-    with pytest.raises(UnclipError, match="cannot write"): run(tmp_path / "f")
+    with pytest.raises(UnclipError, match="cannot write"):
+        run(tmp_path / "f")
 
 def test_impossible_settings():
-    for bad in (dict(schedule="cosinus"), dict(precision="fp8"), dict(steps=0), dict(keep=0), dict(accumulate=0)):
-        with pytest.raises(UnclipError, match=next(iter(bad))): TrainConfig(**bad)
-    with pytest.raises(UnclipError, match="fp16"): train.make_accelerator(TrainConfig(precision="fp16"), "cpu")
+    for bad in (dict(schedule="cosinus"), dict(precision="fp8"), dict(steps=0), dict(keep=0),
+                dict(accumulate=0)):
+        with pytest.raises(UnclipError, match=next(iter(bad))):
+            TrainConfig(**bad)
+    with pytest.raises(UnclipError, match="fp16"):
+        train.make_accelerator(TrainConfig(precision="fp16"), "cpu")
 
 # ---------------------------------------------------------------- saving and loading a stage
 
 def test_save_and_load(tmp_path):
-    model = toy(sizes=(3, 4)).train(); model.mean.fill_(1/3)
-    model.save_pretrained(tmp_path / "a" / "b"); again = Toy.from_pretrained(tmp_path / "a" / "b")
-    assert same(model, again) and again.config == model.config and again.config.sizes == (3, 4) and not again.training
-    model.save_pretrained(tmp_path / "half", dtype=torch.float16); half = Toy.from_pretrained(tmp_path / "half")
-    assert torch.equal(half.mean, model.mean) and all(p.dtype == torch.float32 for p in half.parameters())
-    assert all(torch.equal(a.half().float(), b) for a, b in zip(model.parameters(), half.parameters()))
-    assert json.loads((tmp_path / "half/config.json").read_text()) == asdict(model.config) | {"sizes": [3, 4]}
+    model = toy(sizes=(3, 4)).train()
+    model.mean.fill_(1/3)
+    model.save_pretrained(tmp_path / "a" / "b")
+    again = Toy.from_pretrained(tmp_path / "a" / "b")
+    assert same(model, again) and again.config == model.config and again.config.sizes == (
+        3, 4) and not again.training
+    model.save_pretrained(tmp_path / "half", dtype=torch.float16)
+    half = Toy.from_pretrained(tmp_path / "half")
+    assert torch.equal(half.mean, model.mean) and all(p.dtype == torch.float32
+                                                      for p in half.parameters())
+    assert all(
+        torch.equal(a.half().float(), b) for a, b in zip(model.parameters(), half.parameters()))
+    assert json.loads(
+        (tmp_path / "half/config.json").read_text()) == asdict(model.config) | {"sizes": [3, 4]}
 
 def test_more_files_travel_along(tmp_path):
     class Talking(Toy):
@@ -457,37 +626,62 @@ def test_push_to_hub_uploads_the_same_files(tmp_path, monkeypatch):
     class Api:
         def __init__(self, **kw): pass
         def create_repo(self, repo_id, **kw): return type("Repo", (), {"repo_id": repo_id})
-        def upload_folder(self, folder_path, **kw): return sorted(p.name for p in Path(folder_path).iterdir())
+
+        def upload_folder(self, folder_path, **kw):
+            return sorted(p.name for p in Path(folder_path).iterdir())
     monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
     assert toy().push_to_hub("someone/toy") == ["config.json", "model.safetensors"]
 
 def test_what_cannot_be_loaded_is_named(tmp_path):
     def broken(name, change):
-        folder = tmp_path / name; toy().save_pretrained(folder); change(folder / "config.json", folder / "model.safetensors")
+        folder = tmp_path / name
+        toy().save_pretrained(folder)
+        change(folder / "config.json", folder / "model.safetensors")
         return folder
     def edit(**kw): return lambda c, w: c.write_text(json.dumps(json.loads(c.read_text()) | kw))
-    cases = {"no folder": tmp_path / "none", "model.safetensors is missing": broken("a", lambda c, w: w.unlink()),
-             "config.json is missing": broken("b", lambda c, w: c.unlink()), "config.json is not JSON": broken("c", lambda c, w: c.write_text("{")), "config.json is not JSON of named": broken("j", lambda c, w: c.write_text("[]")),
-             "damaged or truncated": broken("d", lambda c, w: w.write_bytes(w.read_bytes()[:-3])), "damaged": broken("e", lambda c, w: w.write_bytes(b"")),
-             r"'net.0.weight' is \(8, 3\), the config makes it \(16, 3\)": broken("f", edit(width=16)),
-             "not a file": broken("k", lambda c, w: (c.unlink(), c.mkdir())), "nested too deeply": broken("l", lambda c, w: c.write_text("[" * 100_000)),
-             "unknown field 'depth'": broken("g", edit(depth=3)), "width must be even": broken("h", edit(width=7))}
+
+    cases = {
+        "no folder": tmp_path / "none", "model.safetensors is missing": broken(
+            "a", lambda c, w: w.unlink()),
+        "config.json is missing": broken("b", lambda c, w: c.unlink()),
+        "config.json is not JSON": broken("c", lambda c, w: c.write_text("{")),
+        "config.json is not JSON of named": broken("j", lambda c, w: c.write_text("[]")),
+        "damaged or truncated": broken("d", lambda c, w: w.write_bytes(w.read_bytes()[:-3])),
+        "damaged": broken("e", lambda c, w: w.write_bytes(b"")),
+        r"'net.0.weight' is \(8, 3\), the config makes it \(16, 3\)": broken("f", edit(width=16)),
+        "not a file": broken("k", lambda c, w: (c.unlink(), c.mkdir())),
+        "nested too deeply": broken("l", lambda c, w: c.write_text("[" * 100_000)),
+        "unknown field 'depth'": broken("g", edit(depth=3)), "width must be even": broken(
+            "h", edit(width=7))
+    }
     for message, folder in cases.items():
-        with pytest.raises(UnclipError, match=message): Toy.from_pretrained(folder)
+        with pytest.raises(UnclipError, match=message):
+            Toy.from_pretrained(folder)
     with pytest.raises(UnclipError, match="model.safetensors: no 'extra'"):
         class More(Toy):
-            def __init__(self, config:ToyConfig): super().__init__(config); self.extra = nn.Parameter(torch.zeros(1))
-        toy().save_pretrained(tmp_path / "i"); More.from_pretrained(tmp_path / "i")
+
+            def __init__(self, config: ToyConfig):
+                super().__init__(config)
+                self.extra = nn.Parameter(torch.zeros(1))
+        toy().save_pretrained(tmp_path / "i")
+        More.from_pretrained(tmp_path / "i")
 
 def test_a_hub_id_is_downloaded_and_loaded(tmp_path, monkeypatch):
-    kept = toy(); kept.save_pretrained(tmp_path / "snapshot"); asked = []
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **kw: asked.append((name, kw.get("revision"))) or str(tmp_path / "snapshot"))
+    kept = toy()
+    kept.save_pretrained(tmp_path / "snapshot")
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, **kw: asked.append(
+            (name, kw.get("revision"))) or str(tmp_path / "snapshot"))
     again = Toy.from_pretrained("someone/toy", revision="v1")
-    assert asked == [("someone/toy", "v1")] and all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), kept.state_dict().values()))
+    assert asked == [("someone/toy", "v1")] and all(
+        torch.equal(a, b) for a, b in zip(again.state_dict().values(),
+                                          kept.state_dict().values()))
 
 def test_nested_tuples_come_back():
     @dataclass
-    class Nested: a:tuple = ((1, 2), (3,))
+    class Nested:
+        a:tuple = ((1, 2), (3,))
     assert config_from(Nested, json.loads(json.dumps(asdict(Nested())))) == Nested()
 
 # ---------------------------------------------------------------- many processes
@@ -515,16 +709,34 @@ sys.exit(any([os.waitpid(p, 0)[1] for p in pids]))
 
 def test_two_processes_equal_one_with_the_whole_batch(tmp_path):
     import socket
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
-    done = subprocess.run([sys.executable, "-c", PAIR, str(Path(__file__).parent), str(tmp_path), str(port)], capture_output=True, text=True, timeout=1800)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    done = subprocess.run(
+        [sys.executable, "-c", PAIR,
+         str(Path(__file__).parent),
+         str(tmp_path),
+         str(port)],
+        capture_output=True,
+        text=True,
+        timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
     class Both(Points): # what two ranks saw together: mean of two equal halves
         batch_size = 12
     class Start(Toy):
         def start(self, batches): self.mean.copy_(Points().at(0)["x"].mean(0))
-    torch.manual_seed(0); whole = Start(ToyConfig(dropout=0, noise=0))
-    run(tmp_path / "one", whole, Both(), steps=12, accumulate=2); torch.manual_seed(0)
-    whole = run(tmp_path / "one", Start(ToyConfig(dropout=0, noise=0)), Both(), steps=20, accumulate=2, resume=True)
+    torch.manual_seed(0)
+    whole = Start(ToyConfig(dropout=0, noise=0))
+    run(tmp_path / "one", whole, Both(), steps=12, accumulate=2)
+    torch.manual_seed(0)
+    whole = run(tmp_path / "one",
+                Start(ToyConfig(dropout=0, noise=0)),
+                Both(),
+                steps=20,
+                accumulate=2,
+                resume=True)
     pair = Toy.from_pretrained(tmp_path / "pair")
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(pair.parameters(), whole.parameters()))
-    with pytest.raises(UnclipError, match="processes = 2, this run 1"): run(tmp_path / "pair", toy(dropout=0, noise=0), steps=20, accumulate=2, resume=True)
+    assert all(
+        torch.allclose(a, b, atol=1e-5) for a, b in zip(pair.parameters(), whole.parameters()))
+    with pytest.raises(UnclipError, match="processes = 2, this run 1"):
+        run(tmp_path / "pair", toy(dropout=0, noise=0), steps=20, accumulate=2, resume=True)

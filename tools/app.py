@@ -25,17 +25,21 @@ def only_app(req, notebook, cwd):
 class Goodbye(APIHandler):
     "The closing page's call. A beacon can't carry the token against forged requests; who calls must come from this page and know the kernel's id."
     def check_xsrf_cookie(self):
-        if not self.check_origin(): raise web.HTTPError(403)
+        if not self.check_origin():
+            raise web.HTTPError(403)
 
     @web.authenticated
     async def post(self, kernel_id):
-        if kernel_id in self.kernel_manager: await ensure_async(self.kernel_manager.shutdown_kernel(kernel_id))
+        if kernel_id in self.kernel_manager:
+            await ensure_async(self.kernel_manager.shutdown_kernel(kernel_id))
         self.set_status(204)
 
 def is_here(ip):
     "Whether an address that a server listens on is this machine's own."
-    try: return ipaddress.ip_address(ip).is_loopback
-    except ValueError: return ip == 'localhost'
+    try:
+        return ipaddress.ip_address(ip).is_loopback
+    except ValueError:
+        return ip == 'localhost'
 
 class App(Voila):
     "Voilà with three mends: the host's name is checked, the closing call is heard, no style comes from a CDN."
@@ -45,13 +49,17 @@ class App(Voila):
 
     def init_settings(self):
         settings = super().init_settings()
-        return settings | dict(allow_remote_access=not is_here(self.ip), websocket_max_message_size=LARGEST)
+        return settings | dict(allow_remote_access=not is_here(self.ip),
+                               websocket_max_message_size=LARGEST)
 
     def init_handlers(self):
         goodbye = 'VoilaShutdownKernelHandler'
-        return [(path, Goodbye if getattr(handler, '__name__', '') == goodbye else handler, *rest) for path, handler, *rest in super().init_handlers()]
+        return [(path, Goodbye if getattr(handler, '__name__', '') == goodbye else handler, *rest)
+                for path, handler, *rest in super().init_handlers()]
 
 if __name__ == '__main__':
     config = Config(VoilaConfiguration=dict(prelaunch_hook=only_app),
-                    MappingKernelManager=dict(cull_idle_timeout=180, cull_interval=30, cull_connected=False))
+                    MappingKernelManager=dict(cull_idle_timeout=180,
+                                              cull_interval=30,
+                                              cull_connected=False))
     App.launch_instance([str(NOTEBOOK), *sys.argv[1:]], config=config)

@@ -11,6 +11,9 @@ if __name__ == "__main__":
     if missing and shutil.which("apt-get") and hasattr(os, "geteuid") and os.geteuid() == 0:
         apt = ["apt-get", "-qq", "-o", "DPkg::Lock::Timeout=60"]
         for words in (["update"], ["install", "-y", "--no-install-recommends", *missing]):
-            subprocess.run(apt + words, env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"}, capture_output=True)
+            subprocess.run(apt + words,
+                           env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"},
+                           capture_output=True)
     for package in missing:
-        if not NEEDED[package](): print(f"{package} is not installed: the tests that need it are skipped")
+        if not NEEDED[package]():
+            print(f"{package} is not installed: the tests that need it are skipped")

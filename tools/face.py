@@ -20,7 +20,10 @@ FONT = 15
 def edit_strip(model, out, frames=13):
     "Three pictures side by side, each turned towards its words and back."
     thetas = [0.4 * k / (frames - 1) for k in range(frames)]
-    rows = [text_diff(model, model.invert(render(EIGHT_SCENES[i], 128), refine=1), a, b, thetas=thetas) for a, b, i in EDITS]
+    rows = [
+        text_diff(model, model.invert(render(EIGHT_SCENES[i], 128), refine=1), a, b, thetas=thetas)
+        for a, b, i in EDITS
+    ]
     font = ImageFont.load_default(size=FONT)
     sheets = []
     for k in range(frames):
@@ -38,10 +41,17 @@ def figures(model, out):
     "Our counterparts of the paper's figures 3, 4, 5 and 7, a row each."
     picture, other = render(EIGHT_SCENES[1], 128), render(EIGHT_SCENES[5], 128)
     latent = model.invert(picture, refine=1)
-    rows = {"Figure 3: variations": torch.cat([picture, variations(model, latent, n=6, eta=1.0)]),
-            "Figure 4: interpolation": interpolate(model, picture, other, n=7),
-            "Figure 5: text diff": text_diff(model, latent, "a large yellow circle", "a large red circle", thetas=[k / 15 for k in range(7)]),
-            "Figure 7: first k components": pca_sweep(model, latent, ks=(1, 2, 4, 8, 16, 32, 96))}
+    rows = {
+        "Figure 3: variations": torch.cat([picture,
+                                           variations(model, latent, n=6, eta=1.0)]),
+        "Figure 4: interpolation": interpolate(model, picture, other, n=7),
+        "Figure 5: text diff": text_diff(model,
+                                         latent,
+                                         "a large yellow circle",
+                                         "a large red circle",
+                                         thetas=[k / 15 for k in range(7)]),
+        "Figure 7: first k components": pca_sweep(model, latent, ks=(1, 2, 4, 8, 16, 32, 96))
+    }
     font = ImageFont.load_default(size=FONT)
     sheet = Image.new("RGB", (7 * 102 + 6, len(rows) * 130), "white")
     for k, (name, images) in enumerate(rows.items()):
@@ -52,22 +62,40 @@ def figures(model, out):
 def diagram(out):
     "The four networks and what travels between them."
     import matplotlib.pyplot as plt
-    boxes = (("CLIP", "05_clip", "#dbe9f6"), ("prior", "07_ar_prior\n09_diffusion_prior", "#e3f1dd"),
-             ("decoder", "11_decoder", "#fbe8d3"), ("upsampler", "13_upsampler", "#f3dfee"))
+    boxes = (("CLIP", "05_clip", "#dbe9f6"), ("prior", "07_ar_prior\n09_diffusion_prior",
+                                              "#e3f1dd"), ("decoder", "11_decoder", "#fbe8d3"),
+             ("upsampler", "13_upsampler", "#f3dfee"))
     arrows = ("caption", "$z_t$", "$z_i$", "32 px", "128 px")
     fig, ax = plt.subplots(figsize=(12, 1.9), dpi=100)
     ax.set(xlim=(-1, 10.3), ylim=(0, 2))
     ax.axis("off")
     for k, (name, notebook, color) in enumerate(boxes):
-        ax.add_patch(plt.Rectangle((1 + 2.25 * k, 0.45), 1.35, 1.05, facecolor=color, edgecolor="#555555"))
+        ax.add_patch(
+            plt.Rectangle((1 + 2.25 * k, 0.45), 1.35, 1.05, facecolor=color, edgecolor="#555555"))
         ax.text(1.675 + 2.25 * k, 1.2, name, ha="center", va="center", fontsize=13)
-        ax.text(1.675 + 2.25 * k, 0.78, notebook, ha="center", va="center", fontsize=7.5, color="#444444")
+        ax.text(1.675 + 2.25 * k,
+                0.78,
+                notebook,
+                ha="center",
+                va="center",
+                fontsize=7.5,
+                color="#444444")
     for k, text in enumerate(arrows):
-        ax.annotate("", (0.95 + 2.25 * k, 1), (0.15 + 2.25 * k, 1), arrowprops=dict(arrowstyle="->", color="#555555"))
+        ax.annotate("", (0.95 + 2.25 * k, 1), (0.15 + 2.25 * k, 1),
+                    arrowprops=dict(arrowstyle="->", color="#555555"))
         ax.text(0.55 + 2.25 * k, 1.18, text, ha="center", fontsize=10)
     for x in (3.9, 6.15):
-        ax.annotate("", (x, 0.42), (1.1, 0.12), arrowprops=dict(arrowstyle="->", color="#999999", connectionstyle="arc3,rad=0.12"))
-    ax.text(1.0, 0.12, "the caption's words, too", ha="right", va="center", fontsize=9, color="#555555")
+        ax.annotate("", (x, 0.42), (1.1, 0.12),
+                    arrowprops=dict(arrowstyle="->",
+                                    color="#999999",
+                                    connectionstyle="arc3,rad=0.12"))
+    ax.text(1.0,
+            0.12,
+            "the caption's words, too",
+            ha="right",
+            va="center",
+            fontsize=9,
+            color="#555555")
     fig.savefig(out, bbox_inches="tight")
 
 if __name__ == "__main__":
@@ -79,4 +107,7 @@ if __name__ == "__main__":
     diagram(out/"map.png")
     edit_strip(model, out/"edit.gif")
     figures(model, out/"figures.jpg")
-    print({f.name: f"{f.stat().st_size / 1000:.0f} kB" for f in (out/"map.png", out/"edit.gif", out/"figures.jpg")})
+    print({
+        f.name: f"{f.stat().st_size / 1000:.0f} kB"
+        for f in (out / "map.png", out / "edit.gif", out / "figures.jpg")
+    })

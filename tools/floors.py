@@ -22,10 +22,12 @@ def build(python, newest, uv):
     "An environment of the oldest (or newest) versions, made where it is missing or outdated; its interpreter and its versions."
     path, ask = shutil.which(python) or python, 'import sys; print(*sys.version_info[:2], sep=".")'
     if os.path.isfile(path):                                                     # an interpreter rather than a version
-        python = subprocess.run([path, '-c', ask], check=True, capture_output=True, text=True).stdout.strip()
+        python = subprocess.run([path, '-c', ask], check=True, capture_output=True,
+                                text=True).stdout.strip()
     home = ROOT/'.floors'/f"{python}-{'newest' if newest else 'oldest'}"
     home.mkdir(parents=True, exist_ok=True)
-    wanted, pins, bin = home/'wanted.txt', home/'pins.txt', home/'env'/('Scripts' if os.name == 'nt' else 'bin')
+    wanted, pins, bin = home / 'wanted.txt', home / 'pins.txt', home / 'env' / ('Scripts' if os.name
+                                                                                == 'nt' else 'bin')
     own = '\n'.join(required())
     if (home/'ready').exists() and wanted.read_text() == own:
         return bin/'python', pins
@@ -33,8 +35,8 @@ def build(python, newest, uv):
     wanted.write_text(own)
     run = lambda *args: subprocess.run([*uv, *map(str, args)], check=True, cwd=home)
     how = 'highest' if newest else 'lowest-direct'                               # what our requirements require stays new
-    run('pip', 'compile', '-q', '--python-version', python, '--only-binary', ':all:', '--resolution', how, '--no-annotate',
-        '--no-header', wanted, '-o', pins)
+    run('pip', 'compile', '-q', '--python-version', python, '--only-binary', ':all:',
+        '--resolution', how, '--no-annotate', '--no-header', wanted, '-o', pins)
     run('venv', '-q', '--clear', '--python', path, home/'env')
     run('pip', 'install', '-q', '--python', bin/'python', '-r', pins, *TESTS)
     (home/'ready').touch()
@@ -49,10 +51,16 @@ def main():
     args = parser.parse_args()
     python, pins = build(args.python, args.newest, [sys.executable, '-m', 'uv'])
     names = {r.split('>')[0].replace('_', '-').lower() for r in required()}
-    print(*[line for line in pins.read_text().split('\n') if line.split('==')[0] in names], sep='\n', flush=True)
-    tests = args.rest if any(Path(a.split('::')[0]).exists() for a in args.rest) else ['tests', *(f'--ignore={t}' for t in LEFT_OUT), f'--deselect={SLOWER}', *args.rest]
+    print(*[line for line in pins.read_text().split('\n') if line.split('==')[0] in names],
+          sep='\n',
+          flush=True)
+    tests = args.rest if any(Path(a.split('::')[0]).exists() for a in args.rest) else [
+        'tests', *(f'--ignore={t}' for t in LEFT_OUT), f'--deselect={SLOWER}', *args.rest
+    ]
     env = os.environ | dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', PYTHONPATH=str(ROOT))
-    return subprocess.run([python, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', *tests], cwd=ROOT, env=env).returncode
+    return subprocess.run([python, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', *tests],
+                          cwd=ROOT,
+                          env=env).returncode
 
 if __name__ == '__main__':
     sys.exit(main())

@@ -9,7 +9,8 @@ WITHOUT_KERNEL = 'application/vnd.jupyter.widget-view+json'            # random 
 
 def strip(nb):
     "Take away what is no part of the lesson; `nb` is the notebook's JSON."
-    nb['metadata'] = {k: v for k, v in nb['metadata'].items() if k in KEPT} | dict(kernelspec=KERNEL)
+    nb['metadata'] = {k: v
+                      for k, v in nb['metadata'].items() if k in KEPT} | dict(kernelspec=KERNEL)
     for cell in nb['cells']:
         cell['metadata'] = {k: v for k, v in cell['metadata'].items() if k in CELLS_KEPT}
         for output in cell.get('outputs', []):
@@ -17,8 +18,10 @@ def strip(nb):
 
 def strip_before_saving(model, path='', contents_manager=None, **kwargs):
     "Jupyter's `pre_save_hook`: the notebooks of this repository only, wherever the server was started."
-    if model['type'] != 'notebook' or model['content']['nbformat'] != 4: return
+    if model['type'] != 'notebook' or model['content']['nbformat'] != 4:
+        return
     file = Path(getattr(contents_manager, 'root_dir', '.'))/path.lstrip('/')
-    if any(p.name == 'nbs' and (p/'index.ipynb').exists() for p in file.parents): strip(model['content'])
+    if any(p.name == 'nbs' and (p/'index.ipynb').exists() for p in file.parents):
+        strip(model['content'])
 
 c.ContentsManager.pre_save_hook = strip_before_saving                  # noqa: F821  (Jupyter brings `c`)

@@ -24,7 +24,9 @@ def results():
         right, asked = marks["right"]["all"], marks["asked"]["all"]
         low, high = (round(100 * x) for x in wilson(right, asked))
         return f"{100 * right / asked:.0f} % ({low} to {high})"
-    return rows(("z_i from", *KINDS), *((route, *(share(kind, route) for kind in KINDS)) for route in ROUTES))
+
+    return rows(("z_i from", *KINDS),
+                *((route, *(share(kind, route) for kind in KINDS)) for route in ROUTES))
 
 def edits():
     "Edits by words at the best theta: changed, everything else kept, and in place."
@@ -33,7 +35,8 @@ def edits():
     for kind in ("color", "shape", "size", "background"):
         mine = [r for r in found if r["kind"] == kind and r["base"] == "described"]
         best = max(mine, key=lambda r: r["both"])
-        lines.append((kind, f"{best['theta']:g}", *(f"{best[k]} of {best['n']}" for k in ("changed", "both", "place"))))
+        lines.append((kind, f"{best['theta']:g}", *(f"{best[k]} of {best['n']}"
+                                                    for k in ("changed", "both", "place"))))
     return rows(("attribute", "theta", "changed", "and the rest kept", "and in place"), *lines)
 
 TABLES = {"results": results, "edits": edits}
@@ -41,7 +44,8 @@ TABLES = {"results": results, "edits": edits}
 def filled(text, where):
     "The page with all its tables as they should be."
     def one(match):
-        if match[1] not in TABLES: raise SystemExit(f"{where}: no table is called {match[1]!r}")
+        if match[1] not in TABLES:
+            raise SystemExit(f"{where}: no table is called {match[1]!r}")
         return f"<!-- table {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
     return re.sub(r"<!-- table (\w+) -->\n.*?<!-- end -->", one, text, flags=re.S)
 
@@ -50,6 +54,9 @@ if __name__ == "__main__":
     for page in PAGES:
         old = (ROOT/page).read_text(encoding="utf-8")
         new = filled(old, page)
-        if new != old: stale.append(page)
-        if "--check" not in sys.argv: (ROOT/page).write_text(new, encoding="utf-8")
-    if "--check" in sys.argv and stale: raise SystemExit(f"make tables: {', '.join(stale)} differ from their JSON files")
+        if new != old:
+            stale.append(page)
+        if "--check" not in sys.argv:
+            (ROOT/page).write_text(new, encoding="utf-8")
+    if "--check" in sys.argv and stale:
+        raise SystemExit(f"make tables: {', '.join(stale)} differ from their JSON files")

@@ -42,21 +42,55 @@ class ARPriorConfig:
 
     def __post_init__(self):
         may_be_0 = dict(low=0)
-        check_config(self, kind=("uniform", "quantile"), layers=dict(high=1000), caption_tokens=may_be_0,
-                     encoder_width=may_be_0, encoder_layers=dict(low=0, high=1000), encoder_heads=may_be_0, drop=dict(high=1))
+        check_config(self,
+                     kind=("uniform", "quantile"),
+                     layers=dict(high=1000),
+                     caption_tokens=may_be_0,
+                     encoder_width=may_be_0,
+                     encoder_layers=dict(low=0, high=1000),
+                     encoder_heads=may_be_0,
+                     drop=dict(high=1))
 
     @classmethod
-    def nano(cls, **kw): return cls(**dict(clip_dim=64, text_width=64, k=24, buckets=16, dot_buckets=16, width=64, layers=2, heads=2) | kw)
+    def nano(cls, **kw):
+        return cls(**dict(clip_dim=64,
+                          text_width=64,
+                          k=24,
+                          buckets=16,
+                          dot_buckets=16,
+                          width=64,
+                          layers=2,
+                          heads=2) | kw)
     @classmethod
     def tiny(cls, **kw): return cls(**kw)
     @classmethod
     def small(cls, **kw):
-        return cls(**dict(clip_dim=768, text_width=768, context_length=77, k=256, buckets=256, dot_buckets=64, width=512, layers=12, heads=8) | kw)
+        return cls(**dict(clip_dim=768,
+                          text_width=768,
+                          context_length=77,
+                          k=256,
+                          buckets=256,
+                          dot_buckets=64,
+                          width=512,
+                          layers=12,
+                          heads=8) | kw)
     @classmethod
     def paper(cls, **kw):
         "Table 3's column 'AR prior', and section 2.2's 319 components in 1,024 buckets."
-        return cls(**dict(clip_dim=1024, text_width=1024, context_length=256, k=319, buckets=1024, dot_buckets=1024, width=1664, layers=24, heads=26,
-                          own_codes=False, caption_tokens=63, encoder_width=2048, encoder_layers=24, encoder_heads=32) | kw)
+        return cls(**dict(clip_dim=1024,
+                          text_width=1024,
+                          context_length=256,
+                          k=319,
+                          buckets=1024,
+                          dot_buckets=1024,
+                          width=1664,
+                          layers=24,
+                          heads=26,
+                          own_codes=False,
+                          caption_tokens=63,
+                          encoder_width=2048,
+                          encoder_layers=24,
+                          encoder_heads=32) | kw)
     @property
     def length(self) -> int: return (self.caption_tokens or self.context_length) + 2 + self.k    # tokens in all: caption, z_t, dot product, codes
 
@@ -71,7 +105,8 @@ class Condenser(nn.Module):
     "A long caption as a few tokens: a Transformer reads it with learned queries behind it, and what it says at the queries is kept."
     def __init__(self, length:int, tokens:int, width:int, layers:int, heads:int):
         super().__init__()
-        self.positions, self.queries = (nn.Parameter(torch.randn(n, width) * 0.02) for n in (length, tokens))
+        self.positions, self.queries = (nn.Parameter(torch.randn(n, width) * 0.02)
+                                        for n in (length, tokens))
         self.transformer = Transformer(width, layers, heads)
 
     def forward(self, x:Float[Tensor, "b n w"]) -> Float[Tensor, "b m w"]:
@@ -87,20 +122,25 @@ class ARPriorNet(nn.Module):
         self.buckets, self.own, width = c.buckets, c.own_codes, c.encoder_width if c.caption_tokens else c.width
         self.text_in, self.zt_in = nn.Linear(c.text_width, width), nn.Linear(c.clip_dim, c.width)
         self.dot_in = nn.Embedding(c.dot_buckets + 1, c.width)                          # the last row: a hidden dot product
-        self.padding, self.no_zt, self.positions = learned(width), learned(c.width), learned(c.length, c.width)
+        self.padding, self.no_zt, self.positions = learned(width), learned(c.width), learned(
+            c.length, c.width)
         self.condense = nn.Identity() if not c.caption_tokens else nn.Sequential(
-            Condenser(c.context_length, c.caption_tokens, width, c.encoder_layers, c.encoder_heads), nn.Linear(width, c.width))
+            Condenser(c.context_length, c.caption_tokens, width, c.encoder_layers, c.encoder_heads),
+            nn.Linear(width, c.width))
         self.codes = nn.Embedding(c.buckets * (c.k if c.own_codes else 1), c.width)     # row p * buckets + j: code j of component p
         self.bias = nn.Parameter(torch.zeros(c.k, c.buckets))
         self.transformer = Transformer(c.width, c.layers, c.heads)
         nn.init.normal_(self.dot_in.weight, std=0.02)
-        waves = torch.outer(torch.arange(c.buckets) + 0.5, torch.arange(4) * math.pi / c.buckets).cos()
+        waves = torch.outer(torch.arange(c.buckets) + 0.5,
+                            torch.arange(4) * math.pi / c.buckets).cos()
         ways = torch.randn(len(self.codes.weight) // c.buckets, 4, c.width) * 0.02
         self.codes.weight.data = (waves @ ways).flatten(0, 1)                           # neighbouring buckets start alike
 
-    def prefix(self, text:Float[Tensor, "b n w"], zt:Float[Tensor, "b d"], dot:Int[Tensor, "b"]) -> Float[Tensor, "b m width"]:
+    def prefix(self, text: Float[Tensor, "b n w"], zt: Float[Tensor, "b d"],
+               dot: Int[Tensor, "b"]) -> Float[Tensor, "b m width"]:
         "What is known before the first code. A row of zeros, in `text` or `zt`, becomes a learned vector."
-        text = self.condense(torch.where(text.any(-1, keepdim=True), self.text_in(text), self.padding))
+        text = self.condense(
+            torch.where(text.any(-1, keepdim=True), self.text_in(text), self.padding))
         zt = torch.where(zt.any(-1, keepdim=True), self.zt_in(zt), self.no_zt)
         x = torch.cat([text, zt[:, None], self.dot_in(dot)[:, None]], 1)
         return x + self.positions[:x.shape[1]]
@@ -113,8 +153,10 @@ class ARPriorNet(nn.Module):
     def logits(self, h:Float[Tensor, "b m width"], first:int=0) -> Float[Tensor, "b m buckets"]:
         "What the Transformer's outputs say of the components `first`, `first` + 1, ...: each is compared with that component's own rows."
         at = slice(first, first + h.shape[1])
-        if not self.own: return h @ self.codes.weight.T + self.bias[at]
-        return torch.einsum("bmw,mjw->bmj", h, self.codes.weight.view(*self.bias.shape, -1)[at]) + self.bias[at]
+        if not self.own:
+            return h @ self.codes.weight.T + self.bias[at]
+        return torch.einsum("bmw,mjw->bmj", h,
+                            self.codes.weight.view(*self.bias.shape, -1)[at]) + self.bias[at]
 
     def forward(self, text, zt, dot, codes:Int[Tensor, "b k"]) -> Float[Tensor, "b k buckets"]:
         x = torch.cat([self.prefix(text, zt, dot), self.embed(codes[:, :-1])], 1)       # nothing follows the last code
@@ -138,7 +180,9 @@ def measure(self:ARPrior, zi:Float[Tensor, "n d"], zt:Float[Tensor, "n d"]):
     "Fit the quantiser and the distribution of z_i . z_t. Raises `UnclipError` for fewer different embeddings than components or buckets."
     c, n = self.config, len(zi.round(decimals=4).unique(dim=0))
     if n < max(c.k, c.buckets):
-        raise UnclipError(f"{n} different embeddings are too few for {c.k} components in {c.buckets} buckets: train on more pictures, or lower k and buckets")
+        raise UnclipError(
+            f"{n} different embeddings are too few for {c.k} components in {c.buckets} buckets: train on more pictures, or lower k and buckets"
+        )
     self.quantizer.fit(zi)
     at = torch.linspace(0, 1, c.dot_buckets + 1, device=zi.device)[1:-1]
     self.dot_edges = (zi * zt).sum(-1).float().quantile(at).to(self.dot_edges)
@@ -148,7 +192,8 @@ def start(self:ARPrior, batches):
     "Before the first step: measure the embeddings of a few batches."
     rows = max(4096, 8 * self.config.clip_dim, 8 * self.config.buckets)
     some = [batches.at(-1 - i) for i in range(-(-rows // batches.batch_size))]
-    self.measure(*(torch.cat([b[name].to(self.device, torch.float32) for b in some]) for name in ("zi", "zt")))
+    self.measure(*(torch.cat([b[name].to(self.device, torch.float32) for b in some])
+                   for name in ("zi", "zt")))
 
 @patch
 def dot_codes(self:ARPrior, zi:Float[Tensor, "b d"], zt:Float[Tensor, "b d"]) -> Int[Tensor, "b"]:
@@ -178,21 +223,27 @@ def losses(
     text, zt, zi = (batch[name].to(self.device, torch.float32) for name in ("text", "zt", "zi"))
     self.check(text, zt)
     codes, dot = self.quantizer.encode(zi), self.dot_codes(zi, zt)
-    if hide is not None: text, zt, dot = hide_conditions(text, zt, dot, hide.to(self.device), self.config.dot_buckets)
+    if hide is not None:
+        text, zt, dot = hide_conditions(text, zt, dot, hide.to(self.device),
+                                        self.config.dot_buckets)
     logits = self.net(text, zt * self.scale, dot, codes)
     return F.cross_entropy(logits.transpose(1, 2), codes, reduction="none").mean(0)     # eq. 2
 
 @patch
 def loss(self:ARPrior, batch:dict, generator:torch.Generator) -> Float[Tensor, ""]:
     "Mean over the codes of `losses`, conditions hidden in a tenth of the rows."
-    return self.losses(batch, torch.rand(len(batch["zi"]), generator=generator) < self.config.drop).mean()
+    return self.losses(batch,
+                       torch.rand(len(batch["zi"]), generator=generator) < self.config.drop).mean()
 
 @patch
 def check(self:ARPrior, text:Float[Tensor, "b n w"], zt:Float[Tensor, "b d"]):
     "Raise `UnclipError` where embeddings don't have this prior's sizes."
-    have, want = (*text.shape[1:], zt.shape[1]), (self.config.context_length, self.config.text_width, self.config.clip_dim)
-    if have != want: raise UnclipError(f"this AR prior reads {want[0]} tokens of width {want[1]} and embeddings of {want[2]}, "
-                                       f"not {have[0]} of {have[1]} and {have[2]}: use the CLIP it was trained with")
+    have, want = (*text.shape[1:], zt.shape[1]), (self.config.context_length,
+                                                  self.config.text_width, self.config.clip_dim)
+    if have != want:
+        raise UnclipError(
+            f"this AR prior reads {want[0]} tokens of width {want[1]} and embeddings of {want[2]}, "
+            f"not {have[0]} of {have[1]} and {have[2]}: use the CLIP it was trained with")
 
 # %% ../nbs/07_ar_prior.ipynb #dae24caf
 @patch
@@ -209,7 +260,8 @@ def writer(
     text, zt = text.to(self.net.bias), zt.to(self.net.bias)    # the network's precision
     net, b, rows = self.net, len(zt), torch.arange(len(zt), device=zt.device)
     if guidance != 1:                                                # one empty caption serves every row
-        text, zt, dot = F.pad(text, (0, 0, 0, 0, 0, 1)), F.pad(zt, (0, 0, 0, 1)), F.pad(dot, (0, 1), value=self.config.dot_buckets)
+        text, zt, dot = F.pad(text, (0, 0, 0, 0, 0, 1)), F.pad(zt, (0, 0, 0, 1)), F.pad(
+            dot, (0, 1), value=self.config.dot_buckets)
         rows = torch.cat([rows, torch.full_like(rows, b)])
     prefix, caches = net.prefix(text, zt * self.scale, dot), net.transformer.make_cache()
     if cache:
@@ -217,10 +269,13 @@ def writer(
         caches = [KVCache(c.k[rows], c.v[rows]) for c in caches]
     def logits(codes):
         p, both = codes.shape[1], codes.repeat(len(rows) // b, 1)    # both branches see the same codes
-        if not cache: out = net.transformer(torch.cat([prefix[rows], net.embed(both)], 1))[:, -1:]
-        else: out = h if p == 0 else net.transformer(net.embed(both[:, -1:], p - 1), caches)
+        if not cache:
+            out = net.transformer(torch.cat([prefix[rows], net.embed(both)], 1))[:, -1:]
+        else:
+            out = h if p == 0 else net.transformer(net.embed(both[:, -1:], p - 1), caches)
         out = net.logits(out, p)[:, 0].float()
-        if guidance == 1: return out
+        if guidance == 1:
+            return out
         cond, null = out.chunk(2)
         return null + guidance * (cond - null)                       # eq. 3
     return logits
@@ -232,10 +287,15 @@ def narrow(
     top_p:float=1.0,        # the fewest outcomes that together have at least this probability; the others get none
 ) -> Float[Tensor, "b n"]:
     "Probabilities to draw from. Raises `UnclipError` for a negative temperature or a top_p outside (0, 1]."
-    temperature, top_p = number("temperature", temperature, low=0, high=1000), number("top_p", top_p, above=0, high=1)
-    if temperature == 0: return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits)
+    temperature, top_p = number("temperature", temperature, low=0, high=1000), number("top_p",
+                                                                                      top_p,
+                                                                                      above=0,
+                                                                                      high=1)
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits)
     probs = (logits / temperature).softmax(-1)
-    if top_p == 1: return probs
+    if top_p == 1:
+        return probs
     best, order = probs.sort(-1, descending=True)
     best = best * (best.cumsum(-1) - best < top_p)                   # keep an outcome when the likelier ones have less than top_p
     return (best / best.sum(-1, keepdim=True)).gather(-1, order.argsort(-1))
@@ -256,7 +316,8 @@ def uniforms(
     "Uniform numbers in [0, 1), as `core.randn` draws normal ones. Raises `UnclipError` for a list of the wrong length."
     check_generators(generator, shape[0])
     if isinstance(generator, (list, tuple)):
-        return torch.stack([torch.rand(shape[1], generator=g, dtype=torch.float32) for g in generator]).to(device)
+        return torch.stack(
+            [torch.rand(shape[1], generator=g, dtype=torch.float32) for g in generator]).to(device)
     return torch.rand(shape, generator=generator, dtype=torch.float32).to(device)
 
 # %% ../nbs/07_ar_prior.ipynb #09092a3c
@@ -276,19 +337,26 @@ def sample_codes(
 ) -> Int[Tensor, "b k"]:
     "Write the codes of an image embedding for each caption (paper 2.2). Raises `UnclipError` for impossible settings."
     from tqdm import tqdm
-    percentile, guidance = number("percentile", percentile, low=0, high=100), number("guidance", guidance, low=-100, high=100)
+    percentile, guidance = number("percentile", percentile, low=0, high=100), number("guidance",
+                                                                                     guidance,
+                                                                                     low=-100,
+                                                                                     high=100)
     narrow(torch.zeros(1, 2), temperature, top_p)              # refuse before the work, not after
     c, u = self.config, uniforms((len(zt), self.config.k + 1), generator, zt.device)
     share = percentile / 100 + (1 - percentile / 100) * u[:, 0]
-    write = self.writer(text, zt, (share * c.dot_buckets).long().clamp(max=c.dot_buckets - 1), guidance, cache)
+    write = self.writer(text, zt, (share * c.dot_buckets).long().clamp(max=c.dot_buckets - 1),
+                        guidance, cache)
     codes = torch.empty(len(zt), 0, dtype=torch.long, device=zt.device)
-    for p in tqdm(range(c.k), desc=progress if isinstance(progress, str) else self.name, disable=not progress):
+    for p in tqdm(range(c.k),
+                  desc=progress if isinstance(progress, str) else self.name,
+                  disable=not progress):
         new = pick(narrow(write(codes), temperature, top_p), u[:, p + 1])
         codes = torch.cat([codes, new[:, None]], 1)
     return codes
 
 @patch
 @torch.no_grad()
-def sample(self:ARPrior, text:Float[Tensor, "b n w"], zt:Float[Tensor, "b d"], **how) -> Float[Tensor, "b d"]:
+def sample(self: ARPrior, text: Float[Tensor, "b n w"], zt: Float[Tensor, "b d"],
+           **how) -> Float[Tensor, "b d"]:
     "Draw an image embedding of unit norm for each caption; arguments and errors as in `sample_codes`."
     return F.normalize(self.quantizer.decode(self.sample_codes(text, zt, **how)), dim=-1)

@@ -15,15 +15,48 @@ __all__ = ['STAGES', 'ON_CLIP', 'PRESETS', 'CLASSES', 'PARTS', 'RECORDED', 'PATH
            'info_command', 'usage', 'main']
 
 # %% ../nbs/19_cli.ipynb #e5270a87
-import argparse, contextlib, dataclasses, errno, io, json, math, os, stat, sys, time
+import argparse
+import contextlib
+import dataclasses
+import errno
+import io
+import json
+import math
+import os
+import stat
+import sys
+import time
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated
-import torch, tyro
-from .core import UnclipError, count_parameters, data_path, expand, generator, image_grid, number, pick_device, to_pil
-from .train import (MAY_CHANGE, TrainConfig, build, checkpoints, finished_record, is_first, newest_checkpoint,
-    other_data, read_json, save_picture, write_json, writing)
+import torch
+import tyro
+from unclip_nb.core import (
+    UnclipError,
+    count_parameters,
+    data_path,
+    expand,
+    generator,
+    image_grid,
+    number,
+    pick_device,
+    to_pil,
+)
+from unclip_nb.train import (
+    MAY_CHANGE,
+    TrainConfig,
+    build,
+    checkpoints,
+    finished_record,
+    is_first,
+    newest_checkpoint,
+    other_data,
+    read_json,
+    save_picture,
+    write_json,
+    writing,
+)
 from .unet import forward_cost
 
 # %% ../nbs/19_cli.ipynb #c9c65d75
@@ -38,37 +71,94 @@ def train_config(stage:str, preset:str) -> TrainConfig:
     gpu = dict(precision="bf16", warmup=1000, save_every=5000, preview_every=5000, log_every=100)
     pixels = dict(channels_last=True, compile=True, beta2=0.999, ema_decay=0.9999) | gpu
     table = {
-        "nano": dict(clip      =TrainConfig(steps=300, batch_size=256, lr=1e-3),
-                     prior     =TrainConfig(steps=500, batch_size=128, lr=1e-3),
-                     ar_prior  =TrainConfig(steps=600, batch_size=64, lr=3e-3, ema_decay=0.99),
-                     decoder   =TrainConfig(steps=1700, batch_size=32, lr=2e-3, **fast),
+        "nano": dict(clip=TrainConfig(steps=300, batch_size=256, lr=1e-3),
+                     prior=TrainConfig(steps=500, batch_size=128, lr=1e-3),
+                     ar_prior=TrainConfig(steps=600, batch_size=64, lr=3e-3, ema_decay=0.99),
+                     decoder=TrainConfig(steps=1700, batch_size=32, lr=2e-3, **fast),
                      upsampler1=TrainConfig(steps=500, batch_size=16, lr=2e-3, **fast),
                      upsampler2=TrainConfig(steps=500, batch_size=4, lr=1e-3, **fast)),
-        "tiny": dict(clip      =TrainConfig(steps=3000, batch_size=256, lr=1e-3),
-                     prior     =TrainConfig(steps=1500, batch_size=128, optimizer="muon", lr=3e-3),
-                     ar_prior  =TrainConfig(steps=1200, batch_size=64, optimizer="muon", lr=3e-3, ema_decay=0.995),
-                     decoder   =TrainConfig(steps=13_000, batch_size=32, optimizer="muon", lr=3e-3, warmup=200, channels_last=True),
+        "tiny": dict(clip=TrainConfig(steps=3000, batch_size=256, lr=1e-3),
+                     prior=TrainConfig(steps=1500, batch_size=128, optimizer="muon", lr=3e-3),
+                     ar_prior=TrainConfig(steps=1200,
+                                          batch_size=64,
+                                          optimizer="muon",
+                                          lr=3e-3,
+                                          ema_decay=0.995),
+                     decoder=TrainConfig(steps=13_000,
+                                         batch_size=32,
+                                         optimizer="muon",
+                                         lr=3e-3,
+                                         warmup=200,
+                                         channels_last=True),
                      upsampler1=TrainConfig(steps=4000, batch_size=8, lr=2e-3, **fast),
                      upsampler2=TrainConfig(steps=1500, batch_size=4, lr=1e-3, **fast)),
-        "small": dict(clip     =TrainConfig(steps=100_000, batch_size=128, lr=1e-4, weight_decay=0.2, beta2=0.98, eps=1e-6, **gpu),
-                     prior     =TrainConfig(steps=200_000, batch_size=512, lr=3e-4, weight_decay=0.06, beta2=0.96, eps=1e-6, ema_decay=0.9999, **gpu),
-                     ar_prior  =TrainConfig(steps=200_000, batch_size=192, lr=3e-4, weight_decay=0.04, beta2=0.96, ema_decay=0.999, **gpu),
-                     decoder   =TrainConfig(steps=500_000, batch_size=16, accumulate=2, lr=1e-4, **pixels),
-                     upsampler1=TrainConfig(steps=300_000, batch_size=32, lr=1e-4, **pixels),
-                     upsampler2=TrainConfig(steps=300_000, batch_size=8, lr=1e-4, **pixels)),
-        "paper": dict(clip     =TrainConfig(steps=390_625, batch_size=32768, lr=3e-4, weight_decay=0.2, beta2=0.98, eps=1e-6, **gpu | dict(warmup=2000)),
-                     prior     =TrainConfig(steps=600_000, batch_size=4096, lr=1.1e-4, weight_decay=0.06, beta2=0.96, eps=1e-6, ema_decay=0.9999, **gpu),
-                     ar_prior  =TrainConfig(steps=1_000_000, batch_size=4096, lr=1.6e-4, weight_decay=0.04, beta2=0.91, eps=1e-10, ema_decay=0.999, **gpu),
-                     decoder   =TrainConfig(steps=800_000, batch_size=2048, lr=1.2e-4, **pixels),
-                     upsampler1=TrainConfig(steps=1_000_000, batch_size=1024, lr=1.2e-4, **pixels),
-                     upsampler2=TrainConfig(steps=1_000_000, batch_size=512, lr=1e-4, **pixels)),
+        "small": dict(clip=TrainConfig(steps=100_000,
+                                       batch_size=128,
+                                       lr=1e-4,
+                                       weight_decay=0.2,
+                                       beta2=0.98,
+                                       eps=1e-6,
+                                       **gpu),
+                      prior=TrainConfig(steps=200_000,
+                                        batch_size=512,
+                                        lr=3e-4,
+                                        weight_decay=0.06,
+                                        beta2=0.96,
+                                        eps=1e-6,
+                                        ema_decay=0.9999,
+                                        **gpu),
+                      ar_prior=TrainConfig(steps=200_000,
+                                           batch_size=192,
+                                           lr=3e-4,
+                                           weight_decay=0.04,
+                                           beta2=0.96,
+                                           ema_decay=0.999,
+                                           **gpu),
+                      decoder=TrainConfig(steps=500_000,
+                                          batch_size=16,
+                                          accumulate=2,
+                                          lr=1e-4,
+                                          **pixels),
+                      upsampler1=TrainConfig(steps=300_000, batch_size=32, lr=1e-4, **pixels),
+                      upsampler2=TrainConfig(steps=300_000, batch_size=8, lr=1e-4, **pixels)),
+        "paper": dict(clip=TrainConfig(steps=390_625,
+                                       batch_size=32768,
+                                       lr=3e-4,
+                                       weight_decay=0.2,
+                                       beta2=0.98,
+                                       eps=1e-6,
+                                       **gpu | dict(warmup=2000)),
+                      prior=TrainConfig(steps=600_000,
+                                        batch_size=4096,
+                                        lr=1.1e-4,
+                                        weight_decay=0.06,
+                                        beta2=0.96,
+                                        eps=1e-6,
+                                        ema_decay=0.9999,
+                                        **gpu),
+                      ar_prior=TrainConfig(steps=1_000_000,
+                                           batch_size=4096,
+                                           lr=1.6e-4,
+                                           weight_decay=0.04,
+                                           beta2=0.91,
+                                           eps=1e-10,
+                                           ema_decay=0.999,
+                                           **gpu),
+                      decoder=TrainConfig(steps=800_000, batch_size=2048, lr=1.2e-4, **pixels),
+                      upsampler1=TrainConfig(steps=1_000_000, batch_size=1024, lr=1.2e-4, **pixels),
+                      upsampler2=TrainConfig(steps=1_000_000, batch_size=512, lr=1e-4, **pixels)),
     }
     return table[preset][stage]
 
 # %% ../nbs/19_cli.ipynb #26cca857
-CLASSES = {"clip": ("clip", "CLIP", "CLIPConfig"), "prior": ("diffusion_prior", "DiffusionPrior", "PriorConfig"), "ar_prior": ("ar_prior", "ARPrior", "ARPriorConfig"),
-           "decoder": ("decoder", "Decoder", "DecoderConfig"), "upsampler1": ("upsampler", "Upsampler", "UpsamplerConfig"),
-           "upsampler2": ("upsampler", "Upsampler2", "Upsampler2Config")}
+CLASSES = {
+    "clip": ("clip", "CLIP", "CLIPConfig"),
+    "prior": ("diffusion_prior", "DiffusionPrior", "PriorConfig"),
+    "ar_prior": ("ar_prior", "ARPrior", "ARPriorConfig"),
+    "decoder": ("decoder", "Decoder", "DecoderConfig"), "upsampler1": ("upsampler", "Upsampler",
+                                                                       "UpsamplerConfig"),
+    "upsampler2": ("upsampler", "Upsampler2", "Upsampler2Config")
+}
 
 def stage_class(stage:str) -> tuple[type, type]:
     "A stage's class and its config's, imported only now so that `unclip --help` is quick."
@@ -86,8 +176,13 @@ def fit_to_clip(config, clip):
     "A prior's or decoder's config, its CLIP fields taken from the CLIP it will be trained with."
     facts = dict(clip_dim=clip.dim, text_width=clip.text_width, context_length=clip.context_length,
                  vocab_size=clip.tokenizer.vocab_size, clip_fingerprint=clip.fingerprint)
-    if type(config).__name__ == "DecoderConfig": facts.pop("text_width")     # its text encoder is its own
-    return replace(config, **{k: v for k, v in facts.items() if k in {f.name for f in dataclasses.fields(config)}})
+    if type(config).__name__ == "DecoderConfig":
+        facts.pop("text_width")     # its text encoder is its own
+    return replace(
+        config,
+        **{k: v
+           for k, v in facts.items() if k in {f.name
+                                              for f in dataclasses.fields(config)}})
 
 # %% ../nbs/19_cli.ipynb #322d9479
 def clip_of(name:str, device:str="auto"):
@@ -95,36 +190,49 @@ def clip_of(name:str, device:str="auto"):
     from unclip_nb.clip import load_clip
     folder = Path(name)
     if not folder.exists() and ":" not in name:
-        try: folder = data_path(name)
-        except UnclipError: pass
-    if (folder/"clip"/"config.json").exists(): folder = folder/"clip"
-    return load_clip(str(folder) if folder.exists() else name, pick_device(device)).eval().requires_grad_(False)
+        try:
+            folder = data_path(name)
+        except UnclipError:
+            pass
+    if (folder/"clip"/"config.json").exists():
+        folder = folder/"clip"
+    return load_clip(str(folder) if folder.exists() else name,
+                     pick_device(device)).eval().requires_grad_(False)
 
 def load_rows(data:str, size:int, clip=None, **columns):
     "The training split of a data set, or the embeddings that `unclip embed` left in a folder (of the same CLIP)."
     from unclip_nb.data import EmbeddedData, is_embedded, load_captioned
-    if not is_embedded(data): return load_captioned(data, split="train", size=size, **columns)
-    if clip is None: raise UnclipError(f"{data} holds embeddings: only priors can be trained from them")
+    if not is_embedded(data):
+        return load_captioned(data, split="train", size=size, **columns)
+    if clip is None:
+        raise UnclipError(f"{data} holds embeddings: only priors can be trained from them")
     return EmbeddedData(data, fingerprint=clip.fingerprint)
 
 def check_folder(folder:str|Path):
     "Refuse an `--out` that cannot be written to before the work, not after it; nothing is made yet. Raises `UnclipError`."
-    there = next(p for p in (Path(folder).absolute(), *Path(folder).absolute().parents) if p.exists())
-    if not there.is_dir(): raise UnclipError(f"{there} is a file, not a folder: choose another --out")
-    if not os.access(there, os.W_OK): raise UnclipError(f"{there} cannot be written to: choose another --out")
+    there = next(p for p in (Path(folder).absolute(), *Path(folder).absolute().parents)
+                 if p.exists())
+    if not there.is_dir():
+        raise UnclipError(f"{there} is a file, not a folder: choose another --out")
+    if not os.access(there, os.W_OK):
+        raise UnclipError(f"{there} cannot be written to: choose another --out")
 
 def keep_clip(clip, name:str, out:Path):
     "Put the CLIP that a system is trained with beside its stages, so that the folder is complete. Raises `UnclipError` where another one is."
     kept = out/"clip"
     if not (kept/"config.json").exists():
-        if is_first(): clip.save_pretrained(kept)
-    elif type(clip).from_pretrained(kept).fingerprint != clip.fingerprint: raise UnclipError(f"{kept} is another CLIP than {name}: choose another --out, or leave --clip out")
+        if is_first():
+            clip.save_pretrained(kept)
+    elif type(clip).from_pretrained(kept).fingerprint != clip.fingerprint:
+        raise UnclipError(
+            f"{kept} is another CLIP than {name}: choose another --out, or leave --clip out")
 
 # %% ../nbs/19_cli.ipynb #c56b9a2f
 def preview_rows(data) -> dict:
     "The eight captions of the previews with their pictures: the running example, or the first rows of a user's own data (fewer where there are fewer)."
     from unclip_nb.shapes import EIGHT_CAPTIONS, EIGHT_SCENES, render
-    if type(data).__name__ == "ShapesData": return {"image": render(list(EIGHT_SCENES), data.size), "caption": list(EIGHT_CAPTIONS)}
+    if type(data).__name__ == "ShapesData":
+        return {"image": render(list(EIGHT_SCENES), data.size), "caption": list(EIGHT_CAPTIONS)}
     return data.batch(range(min(8, len(data))))
 
 # %% ../nbs/19_cli.ipynb #26573bc7
@@ -133,7 +241,8 @@ def stage_preview(stage:str, clip, data):
     nearest to its draws; the others: pictures. None where the data are embeddings, which have no pictures."""
     from unclip_nb.clip import similarity_sheet
     from unclip_nb.core import resize
-    if not hasattr(data, "size"): return None
+    if not hasattr(data, "size"):
+        return None
     rows = preview_rows(data)
     real, captions, n = rows["image"], rows["caption"], len(rows["caption"])
     def gens(): return [generator(0, stage, i) for i in range(n)]
@@ -141,71 +250,97 @@ def stage_preview(stage:str, clip, data):
         m = max(0, real.shape[-1] - 128) // 2                # of large pictures the middle: quick, and details can be seen
         x = real[..., m:real.shape[-1] - m, m:real.shape[-1] - m]
         low = resize(x, x.shape[-1] // model.config.factor)
-        return image_grid(torch.cat([resize(low, x.shape[-1]), model.sample(low.to(model.device), generator=gens()).cpu(), x]), captions + ["upsampled"] * n + ["real"] * n, n, 128)
+        return image_grid(
+            torch.cat([
+                resize(low, x.shape[-1]),
+                model.sample(low.to(model.device), generator=gens()).cpu(), x
+            ]), captions + ["upsampled"] * n + ["real"] * n, n, 128)
     def decoded(model):
-        drawn = model.sample(clip.encode_image(real.to(model.device)), clip.tokenizer.encode(captions).to(model.device), steps=20, sampler="dpm", generator=gens()).cpu()
-        return image_grid(torch.cat([resize(real, drawn.shape[-1]), drawn]), captions + [""] * n, n, 96)
+        drawn = model.sample(clip.encode_image(real.to(model.device)),
+                             clip.tokenizer.encode(captions).to(model.device),
+                             steps=20,
+                             sampler="dpm",
+                             generator=gens()).cpu()
+        return image_grid(torch.cat([resize(real, drawn.shape[-1]), drawn]), captions + [""] * n, n,
+                          96)
     def nearest(model):
         zt, text = clip.encode_text_tokens(captions)
         near = (model.sample(text, zt, generator=gens()) @ seen.T).argmax(1).cpu()
-        return image_grid(torch.cat([real, pool[near]]), captions + ["nearest to a draw"] * n, n, 96)
+        return image_grid(torch.cat([real, pool[near]]), captions + ["nearest to a draw"] * n, n,
+                          96)
     if "prior" in stage:
         pool = data.batch(range(min(512, len(data))))["image"]
-        with torch.no_grad(): seen = torch.cat([clip.encode_image(x.to(clip.device)) for x in pool.split(64)])
+        with torch.no_grad():
+            seen = torch.cat([clip.encode_image(x.to(clip.device)) for x in pool.split(64)])
         return nearest
-    return {"clip": lambda model: similarity_sheet(model, real, captions), "decoder": decoded}.get(stage, upsampled)
+    return {"clip": lambda model: similarity_sheet(model, real, captions),
+            "decoder": decoded}.get(stage, upsampled)
 
 # %% ../nbs/19_cli.ipynb #7d7f029a
 def begin(model, stage:str, out:Path, start:str|None=None):
     "Give a new model a trained one's weights: those in the folder `start`, or for the second upsampler the first one's in the same system if they fit."
     from unclip_nb.train import load_weights
-    if start == "none" or not (start or stage == "upsampler2" and (out/"upsampler1"/"config.json").exists()): return
+    if start == "none" or not (start or stage == "upsampler2" and
+                               (out / "upsampler1" / "config.json").exists()):
+        return
     folder = Path(start or out/"upsampler1")
-    try: load_weights(model, type(model).from_pretrained(folder).state_dict(), folder)
+    try:
+        load_weights(model, type(model).from_pretrained(folder).state_dict(), folder)
     except UnclipError:
-        if start: raise
+        if start:
+            raise
 
 # %% ../nbs/19_cli.ipynb #c0f1b002
 def kept_tokenizer(folder:Path):
     "The tokenizer of the CLIP in training in `folder`, or None."
     from unclip_nb.data import Tokenizer
     last = newest_checkpoint(folder)[0]
-    if last is None: return None
+    if last is None:
+        return None
     places = [p for p in (last, folder) if (p/"tokenizer.json").exists()]
     return Tokenizer.load(places[0]) if places else None
 
 def made_for(folder:Path) -> str|None:
     "The fingerprint of the CLIP that the stage in `folder` was trained with, finished or not; None where there is no stage."
     for file in (*(c/"state.json" for c in reversed(checkpoints(folder))), folder/"config.json"):
-        try: values = read_json(file)
-        except UnclipError: continue
+        try:
+            values = read_json(file)
+        except UnclipError:
+            continue
         model = values.get("model", values)
-        if isinstance(model, dict) and model.get("clip_fingerprint"): return model["clip_fingerprint"]
+        if isinstance(model, dict) and model.get("clip_fingerprint"):
+            return model["clip_fingerprint"]
     return None
 
 def check_finished_clip(out:Path):
     "Raises `UnclipError` where a CLIP's training has not come to its end: a stage on top of it would be lost."
     last = checkpoints(out/"clip")[-1:]
     if last and "seal" in read_json(last[0]/"state.json") and finished_record(out/"clip") is None:
-        raise UnclipError(f"the CLIP in {out/'clip'} is not finished: go on with `unclip train clip --out {out} --resume` first")
+        raise UnclipError(
+            f"the CLIP in {out/'clip'} is not finished: go on with `unclip train clip --out {out} --resume` first"
+        )
 
 def check_dependents(out:Path, steps:int):
     "Raises `UnclipError` where the CLIP in `out` is to be trained further, but stages are there already that were trained on it as it is."
     found = [s for s in ON_CLIP if made_for(out/s)]
     last = checkpoints(out/"clip")[-1:]
     if found and not (last and int(last[0].name.split("_")[1]) >= steps):
-        raise UnclipError(f"{', '.join(found)} in {out} belong to the CLIP that is there and must be trained again with one that is trained further: "
-                          f"delete their folders, or choose another --out")
+        raise UnclipError(
+            f"{', '.join(found)} in {out} belong to the CLIP that is there and must be trained again with one that is trained further: "
+            f"delete their folders, or choose another --out")
 
 def check_fingerprints(out:Path, stages:tuple[str, ...], clip:str|None, device:str):
     "Raises `UnclipError` that names the stages in `out`, among `stages`, that were trained with another CLIP."
     made = {s: made_for(out/s) for s in stages if s in ON_CLIP}
     folder = clip or str(out/"clip")
-    if not any(made.values()) or not (clip or (out/"clip"/"config.json").exists()): return
+    if not any(made.values()) or not (clip or (out/"clip"/"config.json").exists()):
+        return
     own = clip_of(folder, device).fingerprint
     stale = [s for s, of in made.items() if of not in (None, own)]
-    if stale: raise UnclipError(f"{', '.join(stale)} in {out} were trained with another CLIP than {folder} and must be trained again: "
-                                "delete their folders, or choose another --out")
+    if stale:
+        raise UnclipError(
+            f"{', '.join(stale)} in {out} were trained with another CLIP than {folder} and must be trained again: "
+            "delete their folders, or choose another --out")
 
 # %% ../nbs/19_cli.ipynb #7d7f029b
 def train_stage(
@@ -230,29 +365,54 @@ def train_stage(
     clip, copies, flags = None, 5, f"--{stage.replace('_', '-')}.model"       # weights, gradients, two moments, the average
     if stage in ON_CLIP:
         if clip_name is None and not (out/"clip"/"config.json").exists():
-            raise UnclipError(f"the {stage} needs a CLIP: run `unclip train clip --out {out}` first, or name one with --clip")
-        if clip_name is None: check_finished_clip(out)
+            raise UnclipError(
+                f"the {stage} needs a CLIP: run `unclip train clip --out {out}` first, or name one with --clip"
+            )
+        if clip_name is None:
+            check_finished_clip(out)
         clip = clip_of(clip_name or str(out/"clip"), device)
         config = fit_to_clip(config, clip)
-        rows = load_rows(data, max(clip.config.image_size, getattr(config, "image_size", 0)), clip, **columns)
+        rows = load_rows(data, max(clip.config.image_size, getattr(config, "image_size", 0)), clip,
+                         **columns)
         embedded = isinstance(rows, EmbeddedData)
-        if embedded and stage == "decoder": raise UnclipError("the decoder needs pictures, and embeddings have none: give --data the pictures")
+        if embedded and stage == "decoder":
+            raise UnclipError(
+                "the decoder needs pictures, and embeddings have none: give --data the pictures")
         model = build(cls, config, copies, flags)
-        if clip_name: keep_clip(clip, clip_name, out)
-        batches = Batches(rows, train.batch_size, tokenizer=clip.tokenizer, seed=train.seed, prepare=None if embedded else clip.embed_batch)
+        if clip_name:
+            keep_clip(clip, clip_name, out)
+        batches = Batches(rows,
+                          train.batch_size,
+                          tokenizer=clip.tokenizer,
+                          seed=train.seed,
+                          prepare=None if embedded else clip.embed_batch)
     elif stage == "clip":
-        rows = ShapesData(size=config.image_size, near=near_misses) if data == "shapes" else load_rows(data, config.image_size, **columns)
+        rows = ShapesData(size=config.image_size,
+                          near=near_misses) if data == "shapes" else load_rows(
+                              data, config.image_size, **columns)
         tokenizer = kept_tokenizer(out/"clip") if resume else None
-        tokenizer = tokenizer or Tokenizer.train(rows.captions(20_000), vocab_size=config.vocab_size, context_length=config.context_length)
+        tokenizer = tokenizer or Tokenizer.train(rows.captions(20_000),
+                                                 vocab_size=config.vocab_size,
+                                                 context_length=config.context_length)
         model = build(cls, config, copies, flags, tokenizer=tokenizer)
-        batches = Batches(rows, train.batch_size, tokenizer=tokenizer, seed=train.seed, distinct=True)
+        batches = Batches(rows,
+                          train.batch_size,
+                          tokenizer=tokenizer,
+                          seed=train.seed,
+                          distinct=True)
         batches.rows(0)                                      # too few captions are told before anything is written
     else:
         rows = load_rows(data, config.low_size * config.factor, **columns)
         model = build(cls, config, copies, flags)
         batches = Batches(rows, train.batch_size, seed=train.seed)
     begin(model, stage, out, start)
-    model = fit(model, batches, train, out/stage, preview=stage_preview(stage, clip, rows), resume=resume, device=device,
+    model = fit(model,
+                batches,
+                train,
+                out / stage,
+                preview=stage_preview(stage, clip, rows),
+                resume=resume,
+                device=device,
                 new_data=new_data)
     return model
 
@@ -262,14 +422,23 @@ RECORDED = ("data", "step", "checkpoint", "files", "seal")
 
 def read_config(file:str|None) -> dict:
     "A JSON file of sections {stage: {model: {...}, train: {...}}}, as `unclip train` leaves it in every stage's run.json."
-    if file is None: return {}
+    if file is None:
+        return {}
     found = read_json(expand(file))
     bad = [k for k in found if k not in STAGES]
-    if bad: raise UnclipError(f"{file}: unknown section {bad[0]!r}: use {', '.join(STAGES)}")
+    if bad:
+        raise UnclipError(f"{file}: unknown section {bad[0]!r}: use {', '.join(STAGES)}")
     for s, parts in found.items():
-        if not isinstance(parts, dict): raise UnclipError(f"{file}: {s} is not a section: a stage has the sections model and train")
-        wrong = [k for k, v in parts.items() if k not in RECORDED and not (k in PARTS and isinstance(v, dict))]
-        if wrong: raise UnclipError(f"{file}: {s} holds {wrong[0]!r}: a stage has the sections model and train")
+        if not isinstance(parts, dict):
+            raise UnclipError(
+                f"{file}: {s} is not a section: a stage has the sections model and train")
+        wrong = [
+            k for k, v in parts.items()
+            if k not in RECORDED and not (k in PARTS and isinstance(v, dict))
+        ]
+        if wrong:
+            raise UnclipError(
+                f"{file}: {s} holds {wrong[0]!r}: a stage has the sections model and train")
     return found
 
 # %% ../nbs/19_cli.ipynb #a981451d
@@ -277,13 +446,19 @@ def overruled(config, values:dict, where:str):
     "A dataclass with some fields replaced by those of a config file."
     known = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     for k in values:
-        if k not in known: raise UnclipError(f"{where}.{k} is unknown: choose among {', '.join(known)}")
+        if k not in known:
+            raise UnclipError(f"{where}.{k} is unknown: choose among {', '.join(known)}")
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     for k, v in values.items():
-        kinds = (int, float) if type(known[k]) is float else (int, tuple, type(None)) if known[k] is None else (float, tuple) if isinstance(known[k], tuple) else type(known[k])
-        if not isinstance(v, kinds): raise UnclipError(f"{where}.{k} is {v!r}: it must be like {known[k]!r}")
-    try: return replace(config, **values)
-    except (TypeError, ValueError, UnclipError) as e: raise UnclipError(f"{where}: {str(e).splitlines()[0]}") from None
+        kinds = (int, float) if type(
+            known[k]) is float else (int, tuple, type(None)) if known[k] is None else (
+                float, tuple) if isinstance(known[k], tuple) else type(known[k])
+        if not isinstance(v, kinds):
+            raise UnclipError(f"{where}.{k} is {v!r}: it must be like {known[k]!r}")
+    try:
+        return replace(config, **values)
+    except (TypeError, ValueError, UnclipError) as e:
+        raise UnclipError(f"{where}: {str(e).splitlines()[0]}") from None
 
 # %% ../nbs/19_cli.ipynb #4ff7d6c2
 @dataclass
@@ -309,89 +484,137 @@ def train_options(stages:tuple[str, ...], preset:str, file:dict) -> type:
         given = file.get(s, {})
         model = overruled(model_config(s, preset), given.get("model", {}), f"{s}.model")
         train = overruled(train_config(s, preset), given.get("train", {}), f"{s}.train")
-        cls = dataclasses.make_dataclass(s, [("model", type(model), field(default_factory=lambda: model)),
-                                             ("train", TrainConfig, field(default_factory=lambda: train))])
+        cls = dataclasses.make_dataclass(
+            s, [("model", type(model), field(default_factory=lambda: model)),
+                ("train", TrainConfig, field(default_factory=lambda: train))])
         cls.__doc__ = f"The {s}."
         return (s, cls, field(default_factory=cls))
-    flags = ("flags", Annotated[TrainFlags, tyro.conf.arg(name="")], field(default_factory=TrainFlags))
+
+    flags = ("flags", Annotated[TrainFlags,
+                                tyro.conf.arg(name="")], field(default_factory=TrainFlags))
     return dataclasses.make_dataclass("TrainOptions", [flags, *map(section, stages)])
 
 # %% ../nbs/19_cli.ipynb #d2eefd9c
-PATHS = ("out", "weights", "data", "clip", "clip_from", "start", "config", "image", "image_a", "image_b")
-_STEPS, _SCALE, _SHARE = dict(whole=True, low=1, high=10_000), dict(low=0, high=100), dict(low=0, high=1)
-NUMBERS = {"n": _STEPS, "steps": _STEPS, "guidance": _SCALE, "prior_guidance": _SCALE, "eta": _SHARE, "thetas": _SHARE,
-           "size": dict(whole=True, low=1, high=65_536), "batch_size": dict(whole=True, low=1, high=65_536),
-           "seed": dict(whole=True, low=0, high=2**63 - 1), "fitted": dict(whole=True, low=0, high=1_000_000),
-           "gpu_tflops": dict(above=0), "utilisation": dict(above=0, high=1), "Embed.n": dict(whole=True, low=1, high=10**9)}
+PATHS = ("out", "weights", "data", "clip", "clip_from", "start", "config", "image", "image_a",
+         "image_b")
+_STEPS, _SCALE, _SHARE = dict(whole=True, low=1, high=10_000), dict(low=0, high=100), dict(low=0,
+                                                                                           high=1)
+NUMBERS = {
+    "n": _STEPS, "steps": _STEPS, "guidance": _SCALE, "prior_guidance": _SCALE, "eta": _SHARE,
+    "thetas": _SHARE, "size": dict(whole=True, low=1, high=65_536), "batch_size": dict(whole=True,
+                                                                                       low=1,
+                                                                                       high=65_536),
+    "seed": dict(whole=True, low=0, high=2**63 - 1), "fitted": dict(whole=True,
+                                                                    low=0,
+                                                                    high=1_000_000),
+    "gpu_tflops": dict(above=0), "utilisation": dict(above=0, high=1), "Embed.n": dict(whole=True,
+                                                                                       low=1,
+                                                                                       high=10**9)
+}
 
 def check_flag(command:str, name:str, value):
     "A flag's value: numbers within their bounds, `~` as the home folder. Raises `UnclipError` for what no command could use."
     flag = f"--{name.replace('_', '-')}"
-    if isinstance(value, tuple): return tuple(check_flag(command, name, v) for v in value)
+    if isinstance(value, tuple):
+        return tuple(check_flag(command, name, v) for v in value)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return number(flag, value, **NUMBERS.get(f"{command}.{name}", NUMBERS.get(name, {})))
-    if not isinstance(value, str): return value
-    if "\0" in value: raise UnclipError(f"{flag} holds a zero byte: leave it out")
-    if name == "device": pick_device(value)
-    if name in PATHS: return check_path(flag, value)
-    try: value.encode()
-    except UnicodeError: raise UnclipError(f"{flag} is not UTF-8 text: write it anew") from None
+    if not isinstance(value, str):
+        return value
+    if "\0" in value:
+        raise UnclipError(f"{flag} holds a zero byte: leave it out")
+    if name == "device":
+        pick_device(value)
+    if name in PATHS:
+        return check_path(flag, value)
+    try:
+        value.encode()
+    except UnicodeError:
+        raise UnclipError(f"{flag} is not UTF-8 text: write it anew") from None
     return value
 
 def check_path(flag:str, value:str) -> str:
     "A path with `~` as the home folder; names of other things (shipped weights, hub ids) pass. Raises `UnclipError` for names too long, and for pipes and devices, which could be waited for forever."
     path = os.path.expanduser(value)
-    try: kind = os.stat(path).st_mode
+    try:
+        kind = os.stat(path).st_mode
     except OSError as e:
-        if e.errno != errno.ENAMETOOLONG: return path
-        raise UnclipError(f"{flag} {path[:40]}...: this name is too long, choose another {flag}") from None
-    if not (stat.S_ISDIR(kind) or stat.S_ISREG(kind)): raise UnclipError(f"{flag} {path} is neither a file nor a folder: choose another {flag}")
+        if e.errno != errno.ENAMETOOLONG:
+            return path
+        raise UnclipError(
+            f"{flag} {path[:40]}...: this name is too long, choose another {flag}") from None
+    if not (stat.S_ISDIR(kind) or stat.S_ISREG(kind)):
+        raise UnclipError(f"{flag} {path} is neither a file nor a folder: choose another {flag}")
     return path
 
 def parse(options:type, argv:list[str], prog:str, description:str):
     "tyro's reading of the flags, with its mistakes on one line. Raises `UnclipError` for an unknown flag or a value of the wrong kind, and for numbers that are none."
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said): found = tyro.cli(options, args=argv, prog=prog, description=description)
+        with contextlib.redirect_stderr(said):
+            found = tyro.cli(options, args=argv, prog=prog, description=description)
     except SystemExit as e:
-        if not e.code: raise
-        words = [w for line in said.getvalue().splitlines() if (w := line.strip(" |\u2502")) and w.strip("-\u2500\u2570\u256f\u251c\u2524")]
-        ends = [i for i, w in enumerate(words) if w.startswith(("Perhaps you meant", "Argument helptext", "For full helptext", "Similar arguments"))] or [len(words)]
+        if not e.code:
+            raise
+        words = [
+            w for line in said.getvalue().splitlines()
+            if (w := line.strip(" |\u2502")) and w.strip("-\u2500\u2570\u256f\u251c\u2524")
+        ]
+        ends = [
+            i
+            for i, w in enumerate(words) if w.startswith(("Perhaps you meant", "Argument helptext",
+                                                          "For full helptext", "Similar arguments"))
+        ] or [len(words)]
         meant = next((w.split()[0] for w in words[ends[0]:] if w.startswith("--")), "")
-        raise UnclipError(" ".join(words[1:ends[0]]).rstrip(".") + (f"; did you mean {meant}?" if meant and "Unrecognized" in said.getvalue() else "") + f" ({prog} --help lists the flags)") from None
+        raise UnclipError(" ".join(words[1:ends[0]]).rstrip(".") + (
+            f"; did you mean {meant}?" if meant and "Unrecognized" in said.getvalue() else "") +
+                          f" ({prog} --help lists the flags)") from None
     flags = getattr(found, "flags", found)
-    for f in dataclasses.fields(flags): setattr(flags, f.name, check_flag(type(flags).__name__, f.name, getattr(flags, f.name)))
+    for f in dataclasses.fields(flags):
+        setattr(flags, f.name, check_flag(type(flags).__name__, f.name, getattr(flags, f.name)))
     return found
 
 def first_words(argv:list[str]) -> tuple[str, str, str|None]:
     "The stage, the preset and the config file of `unclip train`: they decide which flags there are."
     words = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    words.add_argument("stage", nargs="?"); words.add_argument("--preset", default="tiny"); words.add_argument("--config")
+    words.add_argument("stage", nargs="?")
+    words.add_argument("--preset", default="tiny")
+    words.add_argument("--config")
     stage = argv[0] if argv and not argv[0].startswith("-") else None
     found, _ = words.parse_known_args(argv[1:] if stage else argv)
     if stage not in STAGES + ("all",) and not {"-h", "--help"} & set(argv):
         raise UnclipError(f"unknown stage {stage!r}: use {', '.join(STAGES)} or all")
-    if found.preset not in PRESETS: raise UnclipError(f"unknown preset {found.preset!r}: use {', '.join(PRESETS)}")
+    if found.preset not in PRESETS:
+        raise UnclipError(f"unknown preset {found.preset!r}: use {', '.join(PRESETS)}")
     return stage or "all", found.preset, found.config
 
 # %% ../nbs/19_cli.ipynb #6474cdfb
 def finished(folder:Path, model, train:TrainConfig, data=None) -> bool:
     "Whether a stage has been trained to its last step, its files as they were written. Raises `UnclipError` if it was, but with other numbers than these, or on other data than `data()` says."
     record = finished_record(folder)
-    if record is None or record["step"] < train.steps: return False
-    not_ours = (*MAY_CHANGE, "clip_dim", "text_width", "context_length", "vocab_size", "clip_fingerprint")        # CLIP and the tokenizer decide these
+    if record is None or record["step"] < train.steps:
+        return False
+    not_ours = (*MAY_CHANGE, "clip_dim", "text_width", "context_length", "vocab_size",
+                "clip_fingerprint")  # CLIP and the tokenizer decide these
     for part, config in (("model", model), ("train", train)):
         for k, new in json.loads(json.dumps(dataclasses.asdict(config))).items():
             old = record[part].get(k, new)
-            if old != new and k not in not_ours: raise UnclipError(f"{folder} was trained with {part}.{k} = {old!r}, not {new!r}: use the same or choose another --out")
+            if old != new and k not in not_ours:
+                raise UnclipError(
+                    f"{folder} was trained with {part}.{k} = {old!r}, not {new!r}: use the same or choose another --out"
+                )
     other = other_data(record["data"], data() if data else None)
-    if other: raise UnclipError(f"{folder} was trained on other data ({other}): give the same, choose another --out, or train on with more steps, --resume and --new-data")
+    if other:
+        raise UnclipError(
+            f"{folder} was trained on other data ({other}): give the same, choose another --out, or train on with more steps, --resume and --new-data"
+        )
     return True
 
 def identity_of(stage:str, data:str, near_misses:bool, **columns) -> dict:
     "What the data set of a stage says of itself, without a CLIP."
     from unclip_nb.data import EmbeddedData, ShapesData, is_embedded
-    if data == "shapes": return ShapesData(near=near_misses and stage == "clip").identity()
+    if data == "shapes":
+        return ShapesData(near=near_misses and stage == "clip").identity()
     return (EmbeddedData(data) if is_embedded(data) else load_rows(data, 8, **columns)).identity()
 
 # %% ../nbs/19_cli.ipynb #45331b89
@@ -404,22 +627,32 @@ def train_command(argv:list[str]):
     parsed = parse(options, flags, f"unclip train {stage}", TrainFlags.__doc__)
     opts, clip = parsed.flags, parsed.clip.model if "clip" in stages else None
     if clip and clip.pretrained and not opts.clip_from:
-        raise UnclipError(f"the preset {preset} builds on a pretrained {clip.open_clip}: name its weights with --clip {clip.open_clip}:{clip.pretrained} (fetched) or --clip {clip.open_clip}:FILE")
-    out, began, stages = Path(opts.out), time.time(), tuple(s for s in stages if s != "clip" or not opts.clip_from)
+        raise UnclipError(
+            f"the preset {preset} builds on a pretrained {clip.open_clip}: name its weights with --clip {clip.open_clip}:{clip.pretrained} (fetched) or --clip {clip.open_clip}:FILE"
+        )
+    out, began, stages = Path(opts.out), time.time(), tuple(s for s in stages
+                                                            if s != "clip" or not opts.clip_from)
     pick_device(opts.device)
     check_folder(out)
     near = preset != "nano" if opts.near_misses is None else opts.near_misses
     columns = dict(image_column=opts.image_column, caption_column=opts.caption_column)
     for i, s in enumerate(stages):
         part = getattr(parsed, s)
-        if s in ON_CLIP: check_fingerprints(out, stages[i:], opts.clip_from, opts.device)
-        if finished(out/s, part.model, part.train, lambda: identity_of(s, opts.data, near, **columns)):
-            if is_first(): print(f"{s}: already trained in {out/s}")
+        if s in ON_CLIP:
+            check_fingerprints(out, stages[i:], opts.clip_from, opts.device)
+        if finished(out / s, part.model, part.train,
+                    lambda: identity_of(s, opts.data, near, **columns)):
+            if is_first():
+                print(f"{s}: already trained in {out/s}")
             continue
-        if s == "clip": check_dependents(out, part.train.steps)
-        train_stage(s, part.model, part.train, out, opts.data, opts.clip_from, opts.resume, opts.device, opts.start, near, opts.new_data, **columns)
-    write_json(out/"unclip.json", {"format": 1, "stages": [s for s in STAGES if (out/s/"config.json").exists()]})
-    if is_first(): print(f"trained {', '.join(stages)} in {(time.time() - began) / 60:.1f} minutes: {out}")
+        if s == "clip":
+            check_dependents(out, part.train.steps)
+        train_stage(s, part.model, part.train, out, opts.data, opts.clip_from, opts.resume,
+                    opts.device, opts.start, near, opts.new_data, **columns)
+    write_json(out / "unclip.json",
+               {"format": 1, "stages": [s for s in STAGES if (out / s / "config.json").exists()]})
+    if is_first():
+        print(f"trained {', '.join(stages)} in {(time.time() - began) / 60:.1f} minutes: {out}")
 
 # %% ../nbs/19_cli.ipynb #936f8d48
 @dataclass
@@ -448,12 +681,18 @@ def load(c:Common):
     return UnCLIP.from_pretrained(c.weights, device=c.device)
 
 # %% ../nbs/19_cli.ipynb #0bf5ed77
-def save_pictures(images, titles:list[str], folder:str|Path, name:str="sheet", cols:int=8, single:bool=True) -> Path:
+def save_pictures(images,
+                  titles: list[str],
+                  folder: str | Path,
+                  name: str = "sheet",
+                  cols: int = 8,
+                  single: bool = True) -> Path:
     "Each picture as a PNG (if `single`) and all of them on one labelled sheet; returns the sheet's path."
     folder, sheet = Path(folder), Path(folder)/f"{name}.png"
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for i, x in enumerate(images if single else ()): save_picture(to_pil(x), folder/f"{i:03d}.png")
+        for i, x in enumerate(images if single else ()):
+            save_picture(to_pil(x), folder/f"{i:03d}.png")
         save_picture(image_grid(images, titles, cols, 128), sheet)
     return sheet
 
@@ -462,8 +701,18 @@ def generate_command(c:Generate):
     from unclip_nb.pipeline import check_captions
     check_captions(c.captions)
     model = load(c)
-    images = model.generate(c.captions, prior=c.prior, n=c.n, guidance=c.guidance, prior_guidance=c.prior_guidance, steps=c.steps, seed=c.seed, size=c.size, progress=True)
-    sheet = save_pictures(images.cpu(), [t for t in c.captions for _ in range(c.n)], c.out, cols=min(8, c.n * max(1, 8 // c.n)))
+    images = model.generate(c.captions,
+                            prior=c.prior,
+                            n=c.n,
+                            guidance=c.guidance,
+                            prior_guidance=c.prior_guidance,
+                            steps=c.steps,
+                            seed=c.seed,
+                            size=c.size,
+                            progress=True)
+    sheet = save_pictures(images.cpu(), [t for t in c.captions for _ in range(c.n)],
+                          c.out,
+                          cols=min(8, c.n * max(1, 8 // c.n)))
     print(f"{len(images)} pictures in {c.out}, all of them on {sheet}")
 
 # %% ../nbs/19_cli.ipynb #ebead5c7
@@ -479,13 +728,22 @@ class Edits(Common):
         "Pictures and the system; the pictures first, so that a wrong path is told at once."
         from unclip_nb.pipeline import load_image
         for p in paths:
-            if not p: raise UnclipError("no picture: give the path of a PNG or JPEG" if len(paths) == 1 else "an interpolation needs two pictures: give their paths")
+            if not p:
+                raise UnclipError("no picture: give the path of a PNG or JPEG" if len(paths) ==
+                                  1 else "an interpolation needs two pictures: give their paths")
         return [load_image(p) for p in paths], load(self)
     @property
-    def how(self) -> dict: return dict(seed=self.seed, steps=self.steps, guidance=self.guidance, size=self.size, progress=True)
+    def how(self) -> dict:
+        return dict(seed=self.seed,
+                    steps=self.steps,
+                    guidance=self.guidance,
+                    size=self.size,
+                    progress=True)
     def keep(self, images, titles:list[str], name:str, cols:int=8):
         "Write the sheet, and the frames if asked for; say where."
-        print(f"{len(images)} pictures: {save_pictures(images.cpu(), titles, self.out, name, cols, self.frames)}")
+        print(
+            f"{len(images)} pictures: {save_pictures(images.cpu(), titles, self.out, name, cols, self.frames)}"
+        )
 
 @dataclass
 class Vary(Edits):
@@ -523,7 +781,8 @@ def interpolate_command(c:Interpolate):
     from unclip_nb.edits import interpolate
     (a, b), model = c.read(c.image_a, c.image_b)
     images = interpolate(model, a, b, n=c.n, noise=c.noise, **c.how)
-    c.keep(images, [f"theta {i / (c.n - 1):.2f}" for i in range(c.n)], "interpolation", min(c.n, 12))
+    c.keep(images, [f"theta {i / (c.n - 1):.2f}" for i in range(c.n)], "interpolation",
+           min(c.n, 12))
 
 def edit_command(c:Edit):
     "Edit by words, save, say where."
@@ -550,13 +809,20 @@ def embed_command(c:Embed):
     "Embed, say how to go on."
     from unclip_nb.clip import embed
     from unclip_nb.data import load_captioned
-    if (c.n is not None and c.n < 1) or c.batch_size < 1: raise UnclipError("--n and --batch-size must be at least 1")
+    if (c.n is not None and c.n < 1) or c.batch_size < 1:
+        raise UnclipError("--n and --batch-size must be at least 1")
     check_folder(c.out)
     clip = clip_of(c.clip, c.device)
-    data = load_captioned(c.data, split=c.split, size=clip.config.image_size, image_column=c.image_column, caption_column=c.caption_column)
+    data = load_captioned(c.data,
+                          split=c.split,
+                          size=clip.config.image_size,
+                          image_column=c.image_column,
+                          caption_column=c.caption_column)
     n = c.n or (min(50_000, len(data)) if c.data == "shapes" else None)
     folder = embed(clip, data, c.out, batch_size=c.batch_size, n=n)
-    print(f"embeddings of {n or len(data)} pictures in {folder}: unclip train prior --data {folder} --clip {c.clip}")
+    print(
+        f"embeddings of {n or len(data)} pictures in {folder}: unclip train prior --data {folder} --clip {c.clip}"
+    )
 
 # %% ../nbs/19_cli.ipynb #5f3245e5
 @dataclass
@@ -570,21 +836,55 @@ class Evaluate(Common):
 
 def evaluate_command(c:Evaluate):
     "Judge, print and keep the tables and a sheet a kind."
-    from unclip_nb.evaluation import KINDS, evaluate, exam, prior_exam, prior_table, retrieval, table, take_exam, zi_sources
-    if c.n < 1 or c.steps < 1: raise UnclipError("--n and --steps must be at least 1")
+    from unclip_nb.evaluation import (
+        KINDS,
+        evaluate,
+        exam,
+        prior_exam,
+        prior_table,
+        retrieval,
+        table,
+        take_exam,
+        zi_sources,
+    )
+    if c.n < 1 or c.steps < 1:
+        raise UnclipError("--n and --steps must be at least 1")
     began, model = time.time(), load(c)
     sources = zi_sources(model, c.fitted)                    # the baselines are fitted once
-    marks, priors = evaluate(model, c.n, c.guidance, c.steps, c.seed, sources=sources), prior_exam(model, c.n, fitted=c.fitted, seed=c.seed, sources=sources)
+    marks, priors = evaluate(model, c.n, c.guidance, c.steps, c.seed,
+                             sources=sources), prior_exam(model,
+                                                          c.n,
+                                                          fitted=c.fitted,
+                                                          seed=c.seed,
+                                                          sources=sources)
     found = retrieval(model, 1000)
     text = f"{table(marks)}\n\n{prior_table(priors)}\n\nCLIP, 1,000 unseen scenes with full captions: R@1 {found[0]:.3f} picture to text, {found[1]:.3f} text to picture"
     text += f"\n{c.n} captions a kind, guidance {c.guidance:g}, {c.steps} steps, seed {c.seed}: {(time.time() - began) / 60:.1f} minutes"
     folder = Path(c.out)
     for kind in KINDS:
-        images = take_exam(model, kind, min(c.n, 32), guidance=c.guidance, steps=c.steps, seed=c.seed)[1]
-        save_pictures(images, exam(kind, len(images))[1], folder, kind.replace(" ", "_"), single=False)
-    with writing(folder): (folder/"table.txt").write_text(text + "\n")
-    write_json(folder/"scores.json", dict(n=c.n, guidance=c.guidance, steps=c.steps, seed=c.seed, retrieval=found, priors=priors,
-                                          marks={f"{kind}, {way}": dataclasses.asdict(m) for (kind, way), m in marks.items()}))
+        images = take_exam(model,
+                           kind,
+                           min(c.n, 32),
+                           guidance=c.guidance,
+                           steps=c.steps,
+                           seed=c.seed)[1]
+        save_pictures(images,
+                      exam(kind, len(images))[1],
+                      folder,
+                      kind.replace(" ", "_"),
+                      single=False)
+    with writing(folder):
+        (folder/"table.txt").write_text(text + "\n")
+    write_json(
+        folder / "scores.json",
+        dict(n=c.n,
+             guidance=c.guidance,
+             steps=c.steps,
+             seed=c.seed,
+             retrieval=found,
+             priors=priors,
+             marks={f"{kind}, {way}": dataclasses.asdict(m)
+                    for (kind, way), m in marks.items()}))
     print(text)
 
 # %% ../nbs/19_cli.ipynb #471a20a6
@@ -594,8 +894,11 @@ class Demo(Common):
     out:str = "gallery"
     size:int|None = None      # side of the pictures, such as 512; by default the first upsampler's
 
-DEMO_CAPTIONS = ("a purple heart on a gray background", "a cyan star", "a white triangle above a red circle", "a large blue circle on a black background",
-                 "a small yellow ring to the left of a large green diamond", "a large orange cross on a navy background", "a green ring", "a red square")
+
+DEMO_CAPTIONS = ("a purple heart on a gray background", "a cyan star",
+                 "a white triangle above a red circle", "a large blue circle on a black background",
+                 "a small yellow ring to the left of a large green diamond",
+                 "a large orange cross on a navy background", "a green ring", "a red square")
 
 def demo_command(c:Demo):
     "Draw the running captions and pairs never seen in training, a row for each prior; then variations, an interpolation and an edit by words."
@@ -605,25 +908,44 @@ def demo_command(c:Demo):
     began, model = time.time(), load(c)
     priors = [k for k, stage in PRIORS.items() if getattr(model, stage) is not None]
     for name, captions in (("gallery", EIGHT_CAPTIONS), ("new_pairs", DEMO_CAPTIONS)):
-        images = torch.cat([model.generate(list(captions), prior=p, seed=c.seed, size=c.size).cpu() for p in priors])
-        sheet = save_pictures(images, [f"{t} ({p} prior)" for p in priors for t in captions], Path(c.out)/name, name, cols=8)
+        images = torch.cat([
+            model.generate(list(captions), prior=p, seed=c.seed, size=c.size).cpu() for p in priors
+        ])
+        sheet = save_pictures(images, [f"{t} ({p} prior)" for p in priors for t in captions],
+                              Path(c.out) / name,
+                              name,
+                              cols=8)
         print(f"{len(images)} pictures: {sheet}")
     if c.size is None and len(model.sizes) > 2:
         large = Path(c.out)/"large.png"
-        save_picture(to_pil(model.generate(EIGHT_CAPTIONS[0], seed=c.seed, size=max(model.sizes))[0].cpu()), large)
+        save_picture(
+            to_pil(model.generate(EIGHT_CAPTIONS[0], seed=c.seed, size=max(model.sizes))[0].cpu()),
+            large)
         print(f"1 picture of {max(model.sizes)} px: {large}")
-    how, real, thetas = dict(steps=15, seed=c.seed, size=c.size), model.invert(render(EIGHT_SCENES[:4], 64), 15), (0, 0.1, 0.2, 0.25, 0.3, 0.4)
-    rows = {"variation": variations(model, real[0], 6, 0.8, **how), "theta": interpolate(model, real[1], real[3], 6, **how),
-            "green": text_diff(model, real[1], EIGHT_CAPTIONS[1], EIGHT_CAPTIONS[1].replace("yellow", "green"), thetas, **how)}
-    titles = [f"{name} {v:g}" for name, values in zip(rows, (range(6), [i / 5 for i in range(6)], thetas)) for v in values]
-    print(f"{len(titles)} pictures: {save_pictures(torch.cat([*rows.values()]).cpu(), titles, Path(c.out)/'edits', 'edits', cols=6)}")
+    how, real, thetas = dict(steps=15, seed=c.seed,
+                             size=c.size), model.invert(render(EIGHT_SCENES[:4], 64),
+                                                        15), (0, 0.1, 0.2, 0.25, 0.3, 0.4)
+    rows = {
+        "variation": variations(model, real[0], 6, 0.8,
+                                **how), "theta": interpolate(model, real[1], real[3], 6, **how),
+        "green": text_diff(model, real[1], EIGHT_CAPTIONS[1],
+                           EIGHT_CAPTIONS[1].replace("yellow", "green"), thetas, **how)
+    }
+    titles = [
+        f"{name} {v:g}" for name, values in zip(rows, (range(6), [i / 5 for i in range(6)], thetas))
+        for v in values
+    ]
+    print(
+        f"{len(titles)} pictures: {save_pictures(torch.cat([*rows.values()]).cpu(), titles, Path(c.out)/'edits', 'edits', cols=6)}"
+    )
     print(f"in {time.time() - began:.0f} s")
 
 # %% ../nbs/19_cli.ipynb #115c261e
 def meta_stage(stage:str, preset:str):
     "A stage of a preset in full size, without allocating anything."
     config = model_config(stage, preset)
-    with torch.device("meta"): model = stage_class(stage)[0](config)
+    with torch.device("meta"):
+        model = stage_class(stage)[0](config)
     return model.to("meta").train()
 
 def made_up(*shape:int, dtype=torch.float32) -> torch.Tensor:
@@ -641,8 +963,10 @@ def training_pass(model, n:int):
         images = made_up(n, 3, c.image_size, c.image_size)
         return lambda: (model.encode_image(images), model.encode_text(tokens))
     z, text = made_up(n, c.clip_dim), made_up(n, c.context_length, c.text_width)
-    if model.name == "prior": return lambda: model.net(text, z, z, t)
-    if model.name == "ar_prior": return lambda: model.net(text, z, t, made_up(n, c.k, dtype=torch.long))
+    if model.name == "prior":
+        return lambda: model.net(text, z, z, t)
+    if model.name == "ar_prior":
+        return lambda: model.net(text, z, t, made_up(n, c.k, dtype=torch.long))
     x = made_up(n, 3, c.image_size, c.image_size)
     return lambda: model.network(x, t, *model.condition(z, tokens))
 
@@ -651,11 +975,20 @@ def training_pass(model, n:int):
 def drawing_flops(model, steps:int) -> int:
     "FLOPs for one embedding (a prior: two draws) or one picture (the decoder: under guidance), of a meta stage."
     c, denoise, t = model.config, [], made_up(1, dtype=torch.long)
-    if model.name == "clip": return 0
-    if model.name == "ar_prior": return forward_cost(model, training_pass(model, 1)).flops
-    if model.name == "prior": x, make = made_up(2, c.clip_dim), lambda: model.denoiser(made_up(1, c.context_length, c.text_width), made_up(1, c.clip_dim), draws=2)
-    elif model.name == "decoder": x, make = made_up(1, 3, c.image_size, c.image_size), lambda: model.denoiser(made_up(1, c.clip_dim), None, guidance=2.)
-    else: x, make = made_up(1, 3, c.size, c.size), lambda: model.denoiser(made_up(1, 3, c.low_size, c.low_size))
+    if model.name == "clip":
+        return 0
+    if model.name == "ar_prior":
+        return forward_cost(model, training_pass(model, 1)).flops
+    if model.name == "prior":
+        x, make = made_up(2, c.clip_dim), lambda: model.denoiser(
+            made_up(1, c.context_length, c.text_width), made_up(1, c.clip_dim), draws=2)
+    elif model.name == "decoder":
+        x, make = made_up(
+            1, 3, c.image_size,
+            c.image_size), lambda: model.denoiser(made_up(1, c.clip_dim), None, guidance=2.)
+    else:
+        x, make = made_up(1, 3, c.size,
+                          c.size), lambda: model.denoiser(made_up(1, 3, c.low_size, c.low_size))
     once = forward_cost(model, lambda: denoise.append(make())).flops
     return once + steps * forward_cost(model, lambda: denoise[0](x, t.expand(len(x)))).flops
 
@@ -664,15 +997,22 @@ def forward_flops(stage) -> int:
     "FLOPs of one forward pass of a stage's network for one picture or embedding. The stage ends on the meta device."
     c, t = stage.config, made_up(1, dtype=torch.long)
     stage = stage.float().to("meta")
-    if stage.name == "clip": return 0
-    if stage.name == "prior": call = lambda: stage.net(made_up(1, c.context_length, c.text_width), made_up(1, c.clip_dim), made_up(1, c.clip_dim), t)
-    elif stage.name == "ar_prior": call = training_pass(stage, 1)
+    if stage.name == "clip":
+        return 0
+    if stage.name == "prior":
+        call = lambda: stage.net(made_up(1, c.context_length, c.text_width), made_up(1, c.clip_dim),
+                                 made_up(1, c.clip_dim), t)
+    elif stage.name == "ar_prior":
+        call = training_pass(stage, 1)
     elif stage.name == "decoder":
         u = stage.unet.config
         tokens = made_up(1, c.context_length + c.clip_tokens, u.context_width)
-        call = lambda: stage.network(made_up(1, 3, c.image_size, c.image_size), t, made_up(1, u.emb_width), tokens)
-    else: call = lambda: stage.unet(made_up(1, 6, c.size, c.size), made_up(1, c.unet.emb_width))
-    with torch.no_grad(): return forward_cost(stage, call).flops
+        call = lambda: stage.network(made_up(1, 3, c.image_size, c.image_size), t,
+                                     made_up(1, u.emb_width), tokens)
+    else:
+        call = lambda: stage.unet(made_up(1, 6, c.size, c.size), made_up(1, c.unet.emb_width))
+    with torch.no_grad():
+        return forward_cost(stage, call).flops
 
 def weights_facts(weights:str, gpu_tflops:float=312., utilisation:float=0.4) -> list[dict]:
     "Of each stage of a system: parameters, bytes by precision, FLOPs of a forward pass, and seconds of a draw with the config's own settings."
@@ -684,11 +1024,21 @@ def weights_facts(weights:str, gpu_tflops:float=312., utilisation:float=0.4) -> 
         steps = usual.get("steps", getattr(stage.config, "steps", 64 if name == "prior" else 1))
         passes = 0 if name == "clip" else steps * (1 + (usual.get("guidance", 1.) != 1))
         flops = forward_flops(stage)
-        rows.append(dict(stage=name, parameters=n, float32=4 * n, half=2 * n, forward=flops, passes=passes, seconds=flops * passes / (gpu_tflops * 1e12 * utilisation)))
+        rows.append(
+            dict(stage=name,
+                 parameters=n,
+                 float32=4 * n,
+                 half=2 * n,
+                 forward=flops,
+                 passes=passes,
+                 seconds=flops * passes / (gpu_tflops * 1e12 * utilisation)))
     return rows
 
 # %% ../nbs/19_cli.ipynb #4239cc45
-TABLE3 = {"prior": "1 G", "ar_prior": "1 G", "decoder": "3.5 G", "upsampler1": "0.7 G", "upsampler2": "0.3 G"}   # Table 3's row "model size"
+TABLE3 = {
+    "prior": "1 G", "ar_prior": "1 G", "decoder": "3.5 G", "upsampler1": "0.7 G",
+    "upsampler2": "0.3 G"
+}  # Table 3's row "model size"
 
 @dataclass
 class Info:
@@ -702,23 +1052,38 @@ class Info:
 def stage_facts(stage:str, c:Info) -> dict:
     "What a stage of `c.preset` costs: counts, bytes, FLOPs, GPU-days. A pretrained CLIP is not trained."
     model, t = meta_stage(stage, c.preset), train_config(stage, c.preset)
-    n, bf16, batch, net = count_parameters(model), t.precision == "bf16", c.batch_size or t.batch_size, getattr(model, "unet", None)
-    steps = {"clip": 0, "prior": 64, "ar_prior": getattr(model.config, "k", 0), "decoder": 250 if c.preset == "paper" else 20}.get(stage) or getattr(model.config, "steps", 0)
+    n, bf16, batch, net = count_parameters(
+        model), t.precision == "bf16", c.batch_size or t.batch_size, getattr(model, "unet", None)
+    steps = {
+        "clip": 0, "prior": 64, "ar_prior": getattr(model.config, "k", 0),
+        "decoder": 250 if c.preset == "paper" else 20
+    }.get(stage) or getattr(model.config, "steps", 0)
     facts = dict(stage=stage, parameters=n, draw_steps=steps, draw=drawing_flops(model, steps))
-    if getattr(model.config, "pretrained", ""): return facts | dict(training=None)
-    if net is not None: net.config.checkpoint, checkpoint = False, net.config.checkpoint
+    if getattr(model.config, "pretrained", ""):
+        return facts | dict(training=None)
+    if net is not None:
+        net.config.checkpoint, checkpoint = False, net.config.checkpoint
     cost = forward_cost(model, training_pass(model, 1), bf16)
     flops, least = 3 * cost.flops, None
     if net is not None:
         net.config.checkpoint = True
-        least, flops = batch * (forward_cost(model, training_pass(model, 1), bf16).kept + max(cost.steps)), flops + checkpoint * cost.flops
+        least, flops = batch * (forward_cost(model, training_pass(model, 1), bf16).kept +
+                                max(cost.steps)), flops + checkpoint * cost.flops
     examples = t.steps * t.batch_size * t.accumulate
-    return facts | dict(training=(22 if bf16 else 20) * n, batch=batch, kept=batch * cost.kept, least=least, checkpoint=net is not None and checkpoint, flops=flops,
-                        steps=t.steps, examples=examples, days=flops * examples / (c.gpu_tflops * 1e12 * c.utilisation * 86400))
+    return facts | dict(training=(22 if bf16 else 20) * n,
+                        batch=batch,
+                        kept=batch * cost.kept,
+                        least=least,
+                        checkpoint=net is not None and checkpoint,
+                        flops=flops,
+                        steps=t.steps,
+                        examples=examples,
+                        days=flops * examples / (c.gpu_tflops * 1e12 * c.utilisation * 86400))
 
 def short(x:float|int|None, unit:str="") -> str:
     "A large number in three digits and a word: 3.57 G."
-    if not x: return "-"
+    if not x:
+        return "-"
     k = min(6, max(0, int(math.log10(abs(x)) // 3)))
     v = x / 1000 ** k
     return f"{v:.{2 if v < 9.995 else 1 if v < 99.95 else 0}f} {' kMGTPE'[k].strip()}{unit}"
@@ -726,60 +1091,104 @@ def short(x:float|int|None, unit:str="") -> str:
 def weights_command(c:Info):
     "Print `weights_facts` of `c.weights`."
     rows = weights_facts(c.weights, c.gpu_tflops, c.utilisation)
-    print(f"{'':12}{'parameters':>11}{'float32':>11}{'half':>11}{'FLOP a pass':>14}{'passes':>9}{'seconds':>10}")
+    print(
+        f"{'':12}{'parameters':>11}{'float32':>11}{'half':>11}{'FLOP a pass':>14}{'passes':>9}{'seconds':>10}"
+    )
     for r in rows:
-        cost = f"{short(r['forward']):>14}{r['passes']:>9}{r['seconds']:>10.3f}" if r["passes"] else ""
-        print(f"{r['stage']:12}{short(r['parameters']):>11}{short(r['float32'], 'B'):>11}{short(r['half'], 'B'):>11}{cost}")
+        cost = f"{short(r['forward']):>14}{r['passes']:>9}{r['seconds']:>10.3f}" if r[
+            "passes"] else ""
+        print(
+            f"{r['stage']:12}{short(r['parameters']):>11}{short(r['float32'], 'B'):>11}{short(r['half'], 'B'):>11}{cost}"
+        )
     total, largest = sum(r["half"] for r in rows), max(r["half"] for r in rows)
-    print(f"all {short(total, 'B')} in half precision, the largest stage {short(largest, 'B')}; one picture with the defaults: {sum(r['seconds'] for r in rows):.2f} s at {c.utilisation:.0%} of {c.gpu_tflops:g} TFLOP/s")
+    print(
+        f"all {short(total, 'B')} in half precision, the largest stage {short(largest, 'B')}; one picture with the defaults: {sum(r['seconds'] for r in rows):.2f} s at {c.utilisation:.0%} of {c.gpu_tflops:g} TFLOP/s"
+    )
 
 def info_command(c:Info):
     "Print what `stage_facts` found: what it takes to hold, to train and to draw with each stage."
-    if c.preset not in PRESETS: raise UnclipError(f"unknown preset {c.preset!r}: use {', '.join(PRESETS)}")
-    if c.gpu_tflops <= 0 or not 0 < c.utilisation <= 1: raise UnclipError("--gpu-tflops must be above 0, and --utilisation above 0 and at most 1")
-    if c.weights: return weights_command(c)
+    if c.preset not in PRESETS:
+        raise UnclipError(f"unknown preset {c.preset!r}: use {', '.join(PRESETS)}")
+    if c.gpu_tflops <= 0 or not 0 < c.utilisation <= 1:
+        raise UnclipError("--gpu-tflops must be above 0, and --utilisation above 0 and at most 1")
+    if c.weights:
+        return weights_command(c)
     rows, all_of = [stage_facts(s, c) for s in STAGES], lambda k: sum(r[k] for r in rows)
     model = dict(TABLE3, clip="ViT-H/16") if c.preset == "paper" else {}
-    print(f"{'':12}{'parameters':>11}{'Table 3' if model else '':>10}{'fp16 file':>11}{'in training':>13}{'batch':>8}{'+ activations':>15}{'checkpointed':>14}")
+    print(
+        f"{'':12}{'parameters':>11}{'Table 3' if model else '':>10}{'fp16 file':>11}{'in training':>13}{'batch':>8}{'+ activations':>15}{'checkpointed':>14}"
+    )
     for r in rows:
-        held = f"{short(r['training'], 'B'):>13}{r['batch']:>8}{short(r['kept'], 'B'):>15}{short(r['least'], 'B') + ' *'[r['checkpoint']]:>14}" if r["training"] else f"{'pretrained':>13}"
-        print(f"{r['stage']:12}{short(r['parameters']):>11}{model.get(r['stage'], ''):>10}{short(2 * r['parameters'], 'B'):>11}{held}")
-    print(f"{'all':12}{short(all_of('parameters')):>11}{'':>10}{short(2 * all_of('parameters'), 'B'):>11}\n")
-    print(f"{'':12}{'FLOP an example':>16}{'steps':>10}{'examples':>11}{'GPU-days':>10}{'to draw: steps':>17}{'FLOP':>10}")
+        held = f"{short(r['training'], 'B'):>13}{r['batch']:>8}{short(r['kept'], 'B'):>15}{short(r['least'], 'B') + ' *'[r['checkpoint']]:>14}" if r[
+            "training"] else f"{'pretrained':>13}"
+        print(
+            f"{r['stage']:12}{short(r['parameters']):>11}{model.get(r['stage'], ''):>10}{short(2 * r['parameters'], 'B'):>11}{held}"
+        )
+    print(
+        f"{'all':12}{short(all_of('parameters')):>11}{'':>10}{short(2 * all_of('parameters'), 'B'):>11}\n"
+    )
+    print(
+        f"{'':12}{'FLOP an example':>16}{'steps':>10}{'examples':>11}{'GPU-days':>10}{'to draw: steps':>17}{'FLOP':>10}"
+    )
     def days(d): return "< 0.01" if d < 0.005 else f"{d:.2f}" if d < 100 else f"{d:.0f}"
     for r in rows:
-        spent = f"{short(r['flops']):>16}{r['steps']:>10}{short(r['examples']):>11}{days(r['days']):>10}" if r["training"] else " " * 47
-        if r["training"] or r["draw"]: print(f"{r['stage']:12}{spent}{r['draw_steps'] or '':>17}{short(r['draw']):>10}")
-    print(f"in training: weights, gradients, Adam's moments, the average; * the preset checkpoints; GPU-days at {c.utilisation:.0%} of {c.gpu_tflops:g} TFLOP/s")
+        spent = f"{short(r['flops']):>16}{r['steps']:>10}{short(r['examples']):>11}{days(r['days']):>10}" if r[
+            "training"] else " " * 47
+        if r["training"] or r["draw"]:
+            print(f"{r['stage']:12}{spent}{r['draw_steps'] or '':>17}{short(r['draw']):>10}")
+    print(
+        f"in training: weights, gradients, Adam's moments, the average; * the preset checkpoints; GPU-days at {c.utilisation:.0%} of {c.gpu_tflops:g} TFLOP/s"
+    )
 
 # %% ../nbs/19_cli.ipynb #c1f0a001
 from . import __version__
 
 # %% ../nbs/19_cli.ipynb #d4fc0f04
-COMMANDS = {"generate": (Generate, generate_command), "vary": (Vary, vary_command), "interpolate": (Interpolate, interpolate_command), "edit": (Edit, edit_command),
-            "evaluate": (Evaluate, evaluate_command), "embed": (Embed, embed_command), "info": (Info, info_command), "demo": (Demo, demo_command)}
-LATER = {"export": ("unclip_nb.export", "Write a system as ONNX files for the page in the browser.")}   # commands of later notebooks, imported when asked for
+COMMANDS = {
+    "generate": (Generate, generate_command), "vary": (Vary, vary_command),
+    "interpolate": (Interpolate, interpolate_command), "edit": (Edit, edit_command),
+    "evaluate": (Evaluate, evaluate_command), "embed": (Embed, embed_command),
+    "info": (Info, info_command), "demo": (Demo, demo_command)
+}
+LATER = {
+    "export": ("unclip_nb.export", "Write a system as ONNX files for the page in the browser.")
+}  # commands of later notebooks, imported when asked for
 
 def usage() -> str:
     "One line a command."
-    rows = [("train", "Train one stage, or all of them in order.")] + [(k, c.__doc__) for k, (c, _) in COMMANDS.items()] + [(k, doc) for k, (_, doc) in LATER.items()]
-    return "unclip COMMAND ...   (unclip COMMAND --help lists its flags)\n\n" + "\n".join(f"  {k:12}{d}" for k, d in rows)
+    rows = [("train", "Train one stage, or all of them in order.")] + [
+        (k, c.__doc__) for k, (c, _) in COMMANDS.items()
+    ] + [(k, doc) for k, (_, doc) in LATER.items()]
+    return "unclip COMMAND ...   (unclip COMMAND --help lists its flags)\n\n" + "\n".join(
+        f"  {k:12}{d}" for k, d in rows)
 
 def main(argv:list[str]|None=None):
     "The `unclip` command. Exit code 2 for a mistake of the user's, 130 for Ctrl-C."
     argv = sys.argv[1:] if argv is None else list(argv)
     name = argv[0] if argv else "--help"
     try:
-        if name in ("-h", "--help"): print(usage())
-        elif name in ("-V", "--version"): print(f"unclip {__version__}")
-        elif name == "train": train_command(argv[1:])
+        if name in ("-h", "--help"):
+            print(usage())
+        elif name in ("-V", "--version"):
+            print(f"unclip {__version__}")
+        elif name == "train":
+            train_command(argv[1:])
         elif name in COMMANDS or name in LATER:
-            options, run = COMMANDS[name] if name in COMMANDS else import_module(LATER[name][0]).COMMANDS[name]
+            options, run = COMMANDS[name] if name in COMMANDS else import_module(
+                LATER[name][0]).COMMANDS[name]
             run(parse(options, argv[1:], f"unclip {name}", options.__doc__))
-        else: raise UnclipError(f"unknown command {name!r}: use train, {', '.join([*COMMANDS, *LATER])}")
-    except UnclipError as e: print(f"unclip: {e}", file=sys.stderr); sys.exit(2)
-    except KeyboardInterrupt: print("unclip: stopped", file=sys.stderr); sys.exit(130)
-    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); sys.exit(1)      # `unclip info | head`
+        else:
+            raise UnclipError(
+                f"unknown command {name!r}: use train, {', '.join([*COMMANDS, *LATER])}")
+    except UnclipError as e:
+        print(f"unclip: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("unclip: stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)      # `unclip info | head`
 
 # %% ../nbs/19_cli.ipynb #c1f0a003
 if __name__ == "__main__" and "__file__" in globals():

@@ -7,7 +7,12 @@ __all__ = ['clip_loss', 'gather_rows', 'ConvTower', 'CLIPConfig', 'build_towers'
            'zero_shot', 'digest_of', 'embed', 'load_clip']
 
 # %% ../nbs/05_clip.ipynb #14c38378
-import hashlib, io, json, math, os, textwrap
+import hashlib
+import io
+import json
+import math
+import os
+import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Sequence
@@ -16,14 +21,21 @@ import torch.nn.functional as F
 from fastcore.basics import patch, patch_to
 from jaxtyping import Float, Int
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from .core import UnclipError, as_images, expand, number, resize, to_pil
-from .data import (
-    OpenCLIPTokenizer, Tokenizer, digest, import_open_clip, say_cut, what_differs, write_text)
-from .train import Stage, check_config, load_weights, plain_names, writing
-from safetensors import SafetensorError, safe_open
+from unclip_nb.data import (
+    OpenCLIPTokenizer,
+    Tokenizer,
+    digest,
+    import_open_clip,
+    say_cut,
+    what_differs,
+    write_text,
+)
+from .train import Stage, check_config, plain_names, writing
 
 # %% ../nbs/05_clip.ipynb #639365a6
 def clip_loss(
@@ -41,7 +53,8 @@ def clip_loss(
 def gather_rows(x:Float[Tensor, "b d"]) -> Float[Tensor, "all d"]:
     "The rows of every process, in order of rank, with gradients; `x` itself where there is one process."
     import torch.distributed as dist
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1): return x
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return x
     from torch.distributed.nn import all_gather
     return torch.cat(all_gather(x))
 
@@ -57,7 +70,9 @@ class ConvTower(nn.Module):
         super().__init__()
         halvings = int(math.log2(max(image_size, 4) / 4))
         if image_size != 4 * 2**halvings or not 0 < halvings <= layers:
-            raise UnclipError(f"a convolutional tower of {layers} layers takes pictures of 4 times a power of two, at most {4 * 2**layers} px, not {image_size}")
+            raise UnclipError(
+                f"a convolutional tower of {layers} layers takes pictures of 4 times a power of two, at most {4 * 2**layers} px, not {image_size}"
+            )
         self.image_size, convs, before, seen = image_size, [], 3, 0
         for i in range(layers):
             stride = 2 if (i + 1) * halvings // layers > seen else 1     # halvings spread evenly over the layers
@@ -67,7 +82,9 @@ class ConvTower(nn.Module):
             before = after
         self.convs = nn.Sequential(*convs)
         self.proj = nn.Linear(before * 16, embed_dim, bias=False)
-    def forward(self, x:Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b d"]: return self.proj(self.convs(x).flatten(1))
+
+    def forward(self, x: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b d"]:
+        return self.proj(self.convs(x).flatten(1))
 
 # %% ../nbs/05_clip.ipynb #ac424b86
 @dataclass
@@ -101,11 +118,35 @@ class CLIPConfig:
     @classmethod
     def tiny(cls): return cls()
     @classmethod
-    def small(cls): return cls(open_clip="ViT-L-14", pretrained="openai", embed_dim=768, image_size=224, vision="vit", vision_width=1024,
-        vision_layers=24, vision_heads=16, patch_size=14, text_width=768, text_layers=12, text_heads=12, context_length=77, vocab_size=49408)
+    def small(cls):
+        return cls(open_clip="ViT-L-14",
+                   pretrained="openai",
+                   embed_dim=768,
+                   image_size=224,
+                   vision="vit",
+                   vision_width=1024,
+                   vision_layers=24,
+                   vision_heads=16,
+                   patch_size=14,
+                   text_width=768,
+                   text_layers=12,
+                   text_heads=12,
+                   context_length=77,
+                   vocab_size=49408)
     @classmethod
-    def paper(cls): return cls(embed_dim=1024, image_size=256, vision="vit", vision_width=1280, vision_layers=32, vision_heads=16,
-        patch_size=16, text_width=1024, text_layers=24, text_heads=16, context_length=77, vocab_size=49408)
+    def paper(cls):
+        return cls(embed_dim=1024,
+                   image_size=256,
+                   vision="vit",
+                   vision_width=1280,
+                   vision_layers=32,
+                   vision_heads=16,
+                   patch_size=16,
+                   text_width=1024,
+                   text_layers=24,
+                   text_heads=16,
+                   context_length=77,
+                   vocab_size=49408)
 
 # %% ../nbs/05_clip.ipynb #99fdf778
 def build_towers(config:CLIPConfig) -> nn.Module:
@@ -113,16 +154,29 @@ def build_towers(config:CLIPConfig) -> nn.Module:
     oc, c = import_open_clip(), config
     if c.open_clip:
         arch = oc.get_model_config(c.open_clip) if c.open_clip in oc.list_models() else None
-        if arch is None: raise UnclipError(f"open_clip has no model {c.open_clip!r}: choose one such as ViT-B-32, ViT-L-14 or ViT-H-14")
+        if arch is None:
+            raise UnclipError(
+                f"open_clip has no model {c.open_clip!r}: choose one such as ViT-B-32, ViT-L-14 or ViT-H-14"
+            )
         kind = oc.CustomTextCLIP if arch.pop("custom_text", False) else oc.CLIP
         return kind(**{**arch, "quick_gelu": c.quick_gelu or arch.get("quick_gelu", False)})
-    if c.vision not in ("conv", "vit"): raise UnclipError(f"unknown vision {c.vision!r}: use conv or vit")
+    if c.vision not in ("conv", "vit"):
+        raise UnclipError(f"unknown vision {c.vision!r}: use conv or vit")
     conv = c.vision == "conv"   # then the ViT is a stand-in of the smallest size, replaced at once
-    vit = dict(image_size=c.image_size, patch_size=c.image_size, width=64, layers=1, head_width=64) if conv else dict(
-        image_size=c.image_size, patch_size=c.patch_size, width=c.vision_width, layers=c.vision_layers, head_width=c.vision_width // c.vision_heads)
-    text = dict(context_length=c.context_length, vocab_size=c.vocab_size, width=c.text_width, heads=c.text_heads, layers=c.text_layers)
+    vit = dict(image_size=c.image_size, patch_size=c.image_size, width=64, layers=1,
+               head_width=64) if conv else dict(image_size=c.image_size,
+                                                patch_size=c.patch_size,
+                                                width=c.vision_width,
+                                                layers=c.vision_layers,
+                                                head_width=c.vision_width // c.vision_heads)
+    text = dict(context_length=c.context_length,
+                vocab_size=c.vocab_size,
+                width=c.text_width,
+                heads=c.text_heads,
+                layers=c.text_layers)
     model = oc.CLIP(c.embed_dim, vit, text)
-    if conv: model.visual = ConvTower(c.embed_dim, c.image_size, c.vision_width, c.vision_layers)
+    if conv:
+        model.visual = ConvTower(c.embed_dim, c.image_size, c.vision_width, c.vision_layers)
     return model
 
 # %% ../nbs/05_clip.ipynb #966e22c5
@@ -134,14 +188,20 @@ class CLIP(Stage):
         tokenizer:Tokenizer|OpenCLIPTokenizer|None=None, # decides vocabulary and context; None: an open_clip architecture's own
         model:nn.Module|None=None,                       # towers already built
     ):
-        if tokenizer is None and config.open_clip: tokenizer = OpenCLIPTokenizer(config.open_clip)
-        if tokenizer is not None: config = replace(config, vocab_size=tokenizer.vocab_size, context_length=tokenizer.context_length)
+        if tokenizer is None and config.open_clip:
+            tokenizer = OpenCLIPTokenizer(config.open_clip)
+        if tokenizer is not None:
+            config = replace(config,
+                             vocab_size=tokenizer.vocab_size,
+                             context_length=tokenizer.context_length)
         super().__init__(config)
         self.tokenizer, self.model = tokenizer, model or build_towers(config)
     def save_files(self, folder:Path):
-        if self.tokenizer is not None: self.tokenizer.save(folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save(folder)
     def load_files(self, folder:Path):
-        if self.tokenizer is None: self.tokenizer = Tokenizer.load(folder)
+        if self.tokenizer is None:
+            self.tokenizer = Tokenizer.load(folder)
     @property
     def dim(self) -> int: return self.config.embed_dim
     @property
@@ -158,7 +218,8 @@ def image_features(self:CLIP, x:Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"
     h, w = x.shape[-2:]
     s = min(h, w)
     x = x[..., (h - s) // 2:(h + s) // 2, (w - s) // 2:(w + s) // 2].to(self.device)
-    mean, std = (x.new_tensor(v).view(3, 1, 1) for v in (self.config.image_mean, self.config.image_std))
+    mean, std = (x.new_tensor(v).view(3, 1, 1)
+                 for v in (self.config.image_mean, self.config.image_std))
     x = (resize(x, self.config.image_size) - (2 * mean - 1)) / (2 * std)     # from [-1, 1] to what the tower was trained on
     return self.unit_norm(self.model.visual(x.to(self.model.logit_scale.dtype)))
 
@@ -179,13 +240,19 @@ def encode_image(self:CLIP,
 def tokens_of(self:CLIP, captions:Int[Tensor, "b n"]|Sequence[str]) -> Int[Tensor, "b n"]:
     "Captions as tokens on this CLIP's device; tokens stay what they are."
     if not torch.is_tensor(captions):
-        if self.tokenizer is None: raise UnclipError("this clip has no tokenizer: give it tokens, or build it with CLIP(config, tokenizer)")
+        if self.tokenizer is None:
+            raise UnclipError(
+                "this clip has no tokenizer: give it tokens, or build it with CLIP(config, tokenizer)"
+            )
         captions = [captions] if isinstance(captions, str) else captions
         if not isinstance(captions, (list, tuple)) or not all(isinstance(c, str) for c in captions):
             raise UnclipError("captions must be a text or a list of texts, or tokens (b, n)")
         captions = self.tokenizer.encode(captions)
-    if captions.ndim != 2 or captions.is_floating_point() or captions.shape[1] > self.context_length:
-        raise UnclipError(f"tokens must be whole numbers (b, n), at most {self.context_length} a row, not {tuple(captions.shape)} of {captions.dtype}")
+    if captions.ndim != 2 or captions.is_floating_point(
+    ) or captions.shape[1] > self.context_length:
+        raise UnclipError(
+            f"tokens must be whole numbers (b, n), at most {self.context_length} a row, not {tuple(captions.shape)} of {captions.dtype}"
+        )
     return captions.to(self.device, torch.long)
 
 @patch
@@ -201,8 +268,11 @@ def encode_text_tokens(self:CLIP,
     "z_t (unit norm), and the text tower's output at each token; rows after the end token are exactly zero."
     tokens = self.tokens_of(tokens)
     tower, n = getattr(self.model, "text", self.model), tokens.shape[1]
-    if not hasattr(tower, "ln_final") or getattr(tower, "pool_type", getattr(tower, "text_pool_type", "")) != "argmax":
-        raise UnclipError(f"the text tower of {self.config.open_clip} is not read at its end token: choose one such as ViT-B-32, ViT-L-14 or ViT-H-14")
+    if not hasattr(tower, "ln_final") or getattr(tower, "pool_type",
+                                                 getattr(tower, "text_pool_type", "")) != "argmax":
+        raise UnclipError(
+            f"the text tower of {self.config.open_clip} is not read at its end token: choose one such as ViT-B-32, ViT-L-14 or ViT-H-14"
+        )
     x = tower.token_embedding(tokens) + tower.positional_embedding[:n]
     x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask[:n, :n].to(x.dtype)))
     end, proj = tokens.argmax(1), tower.text_projection                      # the end token has the highest id
@@ -215,8 +285,10 @@ def encode_text_tokens(self:CLIP,
 @patch
 def loss(self:CLIP, batch:dict, generator=None) -> Float[Tensor, ""]:
     "`clip_loss` of a batch with `image` and `tokens` (or `caption`), over the rows of every process."
-    with torch.no_grad(): self.model.logit_scale.clamp_(max=math.log(100))
-    zi, zt = self.image_features(batch["image"]), self.encode_text(batch["tokens"] if "tokens" in batch else batch["caption"])
+    with torch.no_grad():
+        self.model.logit_scale.clamp_(max=math.log(100))
+    zi, zt = self.image_features(batch["image"]), self.encode_text(batch["tokens"] if "tokens" in
+                                                                   batch else batch["caption"])
     return clip_loss(gather_rows(zi), gather_rows(zt), self.model.logit_scale.exp())
 
 @patch
@@ -225,7 +297,9 @@ def embed_batch(self:CLIP, batch:dict) -> dict:
     "The batch with `zi`, `zt`, `text` and `tokens` added, without gradients: what a prior or a decoder trains on."
     tokens = self.tokens_of(batch["tokens"] if "tokens" in batch else batch["caption"])
     zt, text = self.encode_text_tokens(tokens)
-    return {**batch, "tokens": tokens, "zi": self.image_features(batch["image"]), "zt": zt, "text": text}
+    return {
+        **batch, "tokens": tokens, "zi": self.image_features(batch["image"]), "zt": zt, "text": text
+    }
 
 # %% ../nbs/05_clip.ipynb #ff13309f
 def similarity_sheet(
@@ -236,17 +310,36 @@ def similarity_sheet(
     "The cosines of pictures (rows) and captions (columns, numbered as at the right) as a heat map."
     from matplotlib.figure import Figure
     from matplotlib.offsetbox import AnnotationBbox, OffsetImage
-    with torch.no_grad(): sims = (clip.encode_image(images) @ clip.encode_text(captions).T).float().cpu()
+    with torch.no_grad():
+        sims = (clip.encode_image(images) @ clip.encode_text(captions).T).float().cpu()
     n = len(captions)
     fig = Figure(figsize=(7.2, 0.42 * n + 0.6), dpi=80)
     ax = fig.add_axes((0.07, 0.03, 0.4, 1 - 0.35 / (0.42 * n + 0.6) - 0.03))
     ax.imshow(sims, vmin=-1, vmax=1, cmap="RdBu_r", aspect="auto")
     for i, row in enumerate(sims.tolist()):
         thumb = OffsetImage(to_pil(images[i]).resize((26, 26)), zoom=1)
-        ax.add_artist(AnnotationBbox(thumb, (-0.5, i), (-18, 0), boxcoords="offset points", frameon=False, annotation_clip=False))
-        ax.text(n - 0.3, i, f"{i + 1}  " + textwrap.fill(captions[i], 52, subsequent_indent="    "), va="center", fontsize=8, parse_math=False)
-        for j, v in enumerate(row): ax.text(j, i, f"{round(v, 1) + 0.0:.1f}", ha="center", va="center", fontsize=7, color="white" if abs(v) > 0.6 else "black")
-    ax.set_xticks(range(n), range(1, n + 1), fontsize=8); ax.xaxis.tick_top(); ax.set_yticks([])
+        ax.add_artist(
+            AnnotationBbox(thumb, (-0.5, i), (-18, 0),
+                           boxcoords="offset points",
+                           frameon=False,
+                           annotation_clip=False))
+        ax.text(n - 0.3,
+                i,
+                f"{i + 1}  " + textwrap.fill(captions[i], 52, subsequent_indent="    "),
+                va="center",
+                fontsize=8,
+                parse_math=False)
+        for j, v in enumerate(row):
+            ax.text(j,
+                    i,
+                    f"{round(v, 1) + 0.0:.1f}",
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="white" if abs(v) > 0.6 else "black")
+    ax.set_xticks(range(n), range(1, n + 1), fontsize=8)
+    ax.xaxis.tick_top()
+    ax.set_yticks([])
     fig.savefig(buffer := io.BytesIO(), format="png")
     return Image.open(buffer).convert("RGB")
 
@@ -258,7 +351,9 @@ def retrieval_at_k(
 ) -> tuple[float, float]:
     "R@k: how often a picture's own caption is among its k nearest captions, and a caption's own picture among its k nearest pictures."
     k = number("k", k, low=1, whole=True)
-    if zi.ndim != 2 or zi.shape != zt.shape: raise UnclipError(f"embeddings of shapes {tuple(zi.shape)} and {tuple(zt.shape)}: give (n, d) twice")
+    if zi.ndim != 2 or zi.shape != zt.shape:
+        raise UnclipError(
+            f"embeddings of shapes {tuple(zi.shape)} and {tuple(zt.shape)}: give (n, d) twice")
     sims = zi @ zt.T
     own = sims.diagonal()[:, None]
     return tuple(((s > own).sum(1) < k).float().mean().item() for s in (sims, sims.T))
@@ -286,17 +381,21 @@ def digest_of(tensors:dict[str, Tensor]) -> str:
 def fingerprint(self:CLIP) -> str:
     """Which CLIP this is, in twelve hex digits: `digest_of` its weights, the same before and after saving.
     A copy in bfloat16 has other digits, and remembers whose copy it is (copy_of.json)."""
-    state = tuple((x.data_ptr(), -1 if x.is_inference() else x._version, x.dtype) for x in self.state_dict().values())
-    if self.__dict__.get("_digest", (None,))[0] != state: self.__dict__["_digest"] = state, digest_of(self.state_dict())
+    state = tuple((x.data_ptr(), -1 if x.is_inference() else x._version, x.dtype)
+                  for x in self.state_dict().values())
+    if self.__dict__.get("_digest", (None,))[0] != state:
+        self.__dict__["_digest"] = state, digest_of(self.state_dict())
     own = self.__dict__["_digest"][1]
     return self.__dict__.get("_copy_of", {}).get(own, own)
 
 @patch
 def save_files(self:CLIP, folder:Path):
     "Beside the weights: the tokenizer, and whose rounded copy they are."
-    if self.tokenizer is not None: self.tokenizer.save(folder)
+    if self.tokenizer is not None:
+        self.tokenizer.save(folder)
     saved, own = digest_of(load_file(folder/"model.safetensors")), self.fingerprint
-    if saved != own: write_text(folder/"copy_of.json", json.dumps({saved: own}))
+    if saved != own:
+        write_text(folder/"copy_of.json", json.dumps({saved: own}))
 
 @patch
 def _apply(self:CLIP, fn, recurse=True):
@@ -305,17 +404,22 @@ def _apply(self:CLIP, fn, recurse=True):
     rounds = not scale.is_meta and fn(torch.zeros((), dtype=scale.dtype)).dtype != scale.dtype
     name = self.fingerprint if rounds else None
     super(CLIP, self)._apply(fn, recurse)
-    if rounds: self.__dict__.setdefault("_copy_of", {})[digest_of(self.state_dict())] = name
+    if rounds:
+        self.__dict__.setdefault("_copy_of", {})[digest_of(self.state_dict())] = name
     return self
 
 @patch
 def load_files(self:CLIP, folder:Path):
     "Read the tokenizer, and whose rounded copy these weights are."
-    if self.tokenizer is None: self.tokenizer = Tokenizer.load(folder)
+    if self.tokenizer is None:
+        self.tokenizer = Tokenizer.load(folder)
     file = folder/"copy_of.json"
-    try: found = json.loads(file.read_text()) if file.exists() else {}
-    except (OSError, ValueError): found = None
-    if not isinstance(found, dict): raise UnclipError(f"{file} is damaged: copy it again")
+    try:
+        found = json.loads(file.read_text()) if file.exists() else {}
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        raise UnclipError(f"{file} is damaged: copy it again")
     self.__dict__["_copy_of"] = found
 
 # %% ../nbs/05_clip.ipynb #9231b205
@@ -331,23 +435,36 @@ def embed(
     "Write the embeddings of a data set to disk, for `EmbeddedData`. Raises `UnclipError` when `out` holds those of another CLIP, data set or size."
     out = Path(out)
     n = len(data) if n is None else number("n", n, low=1, high=len(data), whole=True)
-    with writing(out): out.mkdir(parents=True, exist_ok=True)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     meta = {"clip_fingerprint": clip.fingerprint, "rows": n, "shard": shard, "clip_dim": clip.dim,
             "text_width": clip.text_width, "context_length": clip.context_length}
     identity = data.identity()
     begun = out / "begun.json"
     if begun.exists() or (out / "meta.json").exists():
         before = _read_meta(begun)
-        differs = what_differs(before.pop("data", None) or {}, identity) or what_differs(before, meta)
-        if differs: raise UnclipError(f"{out} holds embeddings of another clip, data set or size ({differs}): choose another folder")
+        differs = what_differs(before.pop("data", None) or {}, identity) or what_differs(
+            before, meta)
+        if differs:
+            raise UnclipError(
+                f"{out} holds embeddings of another clip, data set or size ({differs}): choose another folder"
+            )
     say_cut(clip.tokenizer, data.captions(min(n, 1000)), str(out))
-    with writing(begun): write_text(begun, json.dumps({**meta, "data": identity}))
+    with writing(begun):
+        write_text(begun, json.dumps({**meta, "data": identity}))
     files = [out / f"shard_{s // shard:05d}.safetensors" for s in range(0, n, shard)]
     for k, file in enumerate(tqdm(files, desc="embed", unit="file", disable=not progress)):
-        if file.exists(): continue
+        if file.exists():
+            continue
         rows = range(k * shard, min((k + 1) * shard, n))
-        parts = [clip.embed_batch(data.batch(rows[i:i + batch_size])) for i in range(0, len(rows), batch_size)]
-        whole = {k: torch.cat([p[k].cpu() for p in parts]).contiguous() for k in ("zi", "zt", "text", "tokens")}
+        parts = [
+            clip.embed_batch(data.batch(rows[i:i + batch_size]))
+            for i in range(0, len(rows), batch_size)
+        ]
+        whole = {
+            k: torch.cat([p[k].cpu() for p in parts]).contiguous()
+            for k in ("zi", "zt", "text", "tokens")
+        }
         captions = [c for p in parts for c in p["caption"]]                # of the pictures that could be read
         with writing(file):
             save_file({**whole, "text": whole["text"].half()}, temp := file.with_suffix(".tmp"),   # text is by far the largest
@@ -355,22 +472,29 @@ def embed(
             os.replace(temp, file)
     captions = [c for file in files for c in _captions_of(file)]
     with writing(out):
-        write_text(out / "captions.jsonl", "".join(json.dumps({"caption": c}) + "\n" for c in captions))
-        write_text(out / "meta.json", json.dumps({**meta, "data": identity, "captions": digest(captions)}))           # last: now it is finished
+        write_text(out / "captions.jsonl",
+                   "".join(json.dumps({"caption": c}) + "\n" for c in captions))
+        write_text(out / "meta.json",
+                   json.dumps({**meta, "data": identity,
+                               "captions": digest(captions)}))  # last: now it is finished
     return out
 
 def _read_meta(file):
     "What `embed` wrote about a folder; nothing where it cannot be read."
-    try: found = json.loads(file.read_text())
-    except (OSError, ValueError): return {}
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
     return found if isinstance(found, dict) else {}
 
 def _captions_of(file):
     "The captions that a shard carries beside its embeddings."
     try:
-        with safe_open(file, "pt") as f: return json.loads((f.metadata() or {})["captions"])
+        with safe_open(file, "pt") as f:
+            return json.loads((f.metadata() or {})["captions"])
     except (OSError, KeyError, ValueError, SafetensorError):
-        raise UnclipError(f"{file} is broken or of an earlier version: delete it and embed again") from None
+        raise UnclipError(
+            f"{file} is broken or of an earlier version: delete it and embed again") from None
 
 # %% ../nbs/05_clip.ipynb #181fe1b4
 @patch_to(CLIP, cls_method=True)
@@ -381,18 +505,33 @@ def from_open_clip(cls,
     "A pretrained CLIP, ready to use. Raises `UnclipError` for an unknown name or tag, a missing file, or weights that do not fit."
     oc = import_open_clip()
     if name not in oc.list_models():
-        raise UnclipError(f"open_clip has no model {name!r}: choose one such as ViT-B-32, ViT-L-14 or ViT-H-14, or give the folder of a trained clip")
+        raise UnclipError(
+            f"open_clip has no model {name!r}: choose one such as ViT-B-32, ViT-L-14 or ViT-H-14, or give the folder of a trained clip"
+        )
     tags = oc.list_pretrained_tags_by_model(name)
     pretrained = str(pretrained or next(iter(tags), ""))
     if pretrained not in tags and not Path(pretrained).is_file():
-        raise UnclipError(f"no weights {pretrained!r} for {name}: give a file on this disk, or one of {', '.join(tags) or 'no tags'}")
+        raise UnclipError(
+            f"no weights {pretrained!r} for {name}: give a file on this disk, or one of {', '.join(tags) or 'no tags'}"
+        )
     quick = bool((oc.get_pretrained_cfg(name, pretrained) or {}).get("quick_gelu"))
-    try: model = oc.create_model(name, pretrained=pretrained, force_quick_gelu=quick)
-    except Exception as e: raise UnclipError(f"cannot load {pretrained} into {name}: {(str(e).strip() or type(e).__name__).splitlines()[0]}") from None
+    try:
+        model = oc.create_model(name, pretrained=pretrained, force_quick_gelu=quick)
+    except Exception as e:
+        raise UnclipError(
+            f"cannot load {pretrained} into {name}: {(str(e).strip() or type(e).__name__).splitlines()[0]}"
+        ) from None
     v, arch = model.visual, oc.get_model_config(name)
     side = v.image_size[0] if isinstance(v.image_size, (tuple, list)) else v.image_size
-    config = CLIPConfig(embed_dim=arch["embed_dim"], image_size=side, vision="vit", text_width=arch["text_cfg"].get("width", 512), open_clip=name,
-        pretrained=Path(pretrained).name, quick_gelu=quick, image_mean=tuple(v.image_mean), image_std=tuple(v.image_std))
+    config = CLIPConfig(embed_dim=arch["embed_dim"],
+                        image_size=side,
+                        vision="vit",
+                        text_width=arch["text_cfg"].get("width", 512),
+                        open_clip=name,
+                        pretrained=Path(pretrained).name,
+                        quick_gelu=quick,
+                        image_mean=tuple(v.image_mean),
+                        image_std=tuple(v.image_std))
     return cls(config, model=model).eval()
 
 # %% ../nbs/05_clip.ipynb #ec6cc54b
@@ -402,7 +541,9 @@ def load_clip(
 ) -> CLIP:
     "The CLIP behind `--clip NAME|FILE`. Raises `UnclipError` where there is none."
     path = expand(name)
-    if path.suffix == ".safetensors" and path.is_file(): path = path.parent
+    if path.suffix == ".safetensors" and path.is_file():
+        path = path.parent
     model, _, weights = str(name).partition(":")
-    if path.is_dir() or "/" in model: return CLIP.from_pretrained(path).to(device)
+    if path.is_dir() or "/" in model:
+        return CLIP.from_pretrained(path).to(device)
     return CLIP.from_open_clip(model, weights or None).to(device)

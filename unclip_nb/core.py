@@ -9,7 +9,14 @@ __all__ = ['Generators', 'MAX_PIXELS', 'UnclipError', 'number', 'choice', 'refus
            'data_path']
 
 # %% ../nbs/00_core.ipynb #0aca3799
-import difflib, hashlib, io, math, numbers, os, stat, sys
+import difflib
+import hashlib
+import io
+import math
+import numbers
+import os
+import stat
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 import numpy as np
@@ -35,16 +42,23 @@ def number(
 ) -> int|float:
     "`value`, if it is one finite number within its bounds. Raises `UnclipError` that names it and says what is allowed."
     kind = numbers.Integral if whole else numbers.Real
-    bounds = (("at least", low), ("at most", high), ("greater than", above), ("smaller than", below))
+    bounds = (("at least", low), ("at most", high), ("greater than", above), ("smaller than",
+                                                                              below))
     wanted = " and ".join(f"{words} {bound}" for words, bound in bounds if bound is not None)
-    right = isinstance(value, kind) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-    if right and low is not None: right = value >= low
-    if right and high is not None: right = value <= high
-    if right and above is not None: right = value > above
-    if right and below is not None: right = value < below
+    right = isinstance(value,
+                       kind) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    if right and low is not None:
+        right = value >= low
+    if right and high is not None:
+        right = value <= high
+    if right and above is not None:
+        right = value > above
+    if right and below is not None:
+        right = value < below
     if not right:
         given = repr(value) if len(repr(value)) < 60 else type(value).__name__
-        raise UnclipError(f"{name} is {given}: give a {'whole ' if whole else ''}number {wanted}".rstrip())
+        raise UnclipError(
+            f"{name} is {given}: give a {'whole ' if whole else ''}number {wanted}".rstrip())
     return int(value) if whole else float(value)
 
 # %% ../nbs/00_core.ipynb #738f5b81
@@ -55,7 +69,8 @@ def choice(
 ) -> str:
     "`value`, if it is one of the names. Raises `UnclipError` that lists them."
     allowed = list(allowed)
-    if isinstance(value, str) and value in allowed: return value
+    if isinstance(value, str) and value in allowed:
+        return value
     given = repr(value) if len(repr(value)) < 60 else type(value).__name__
     raise UnclipError(f"unknown {name} {given}: use {', '.join(allowed[:-1])} or {allowed[-1]}")
 
@@ -77,8 +92,10 @@ def expand(
     "The path with `~` as the home folder. Raises `UnclipError` for what is no path."
     if not isinstance(path, (str, Path)) or not str(path).strip() or "\0" in str(path):
         raise UnclipError(f"{str(path)[:60]!r} is not a path: give the name of a file or folder")
-    try: return Path(path).expanduser()
-    except RuntimeError: raise UnclipError(f"no home folder for {str(path)!r}: write the path out") from None
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UnclipError(f"no home folder for {str(path)!r}: write the path out") from None
 
 # %% ../nbs/00_core.ipynb #0bd7e8cc
 def seed_for(
@@ -104,9 +121,16 @@ def check_generators(
 ):
     "Raises `UnclipError` unless it is a generator, None, or a list of one a row."
     several = isinstance(generator, (list, tuple))
-    wrong = [g for g in (generator if several else [generator]) if not isinstance(g, torch.Generator | None)]
-    if wrong: raise UnclipError(f"a generator is a {type(wrong[0]).__name__}: give a torch.Generator, such as core.generator(seed)")
-    if several and len(generator) != rows: raise UnclipError(f"{len(generator)} generators for {rows} rows: give one per row")
+    wrong = [
+        g for g in (generator if several else [generator])
+        if not isinstance(g, torch.Generator | None)
+    ]
+    if wrong:
+        raise UnclipError(
+            f"a generator is a {type(wrong[0]).__name__}: give a torch.Generator, such as core.generator(seed)"
+        )
+    if several and len(generator) != rows:
+        raise UnclipError(f"{len(generator)} generators for {rows} rows: give one per row")
 
 def randn(
     shape:Sequence[int],       # of the noise; its first number is the rows
@@ -116,7 +140,9 @@ def randn(
     "Standard normal noise in float32, the same on every device. Raises `UnclipError` for a list of the wrong length."
     check_generators(generator, shape[0])
     if isinstance(generator, (list, tuple)):
-        return torch.stack([torch.randn(tuple(shape[1:]), generator=g, dtype=torch.float32) for g in generator]).to(device)
+        return torch.stack([
+            torch.randn(tuple(shape[1:]), generator=g, dtype=torch.float32) for g in generator
+        ]).to(device)
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float32).to(device)
 
 # %% ../nbs/00_core.ipynb #54212870
@@ -124,18 +150,28 @@ def pick_device(
     name:str|torch.device="auto", # auto, cpu, cuda, cuda:1, mps
 ) -> torch.device:
     "The device of that name; 'auto' takes CUDA, then Apple's MPS, then the CPU. Raises `UnclipError` where it is absent."
-    if isinstance(name, torch.device): name = str(name)
-    if not isinstance(name, str): raise UnclipError(f"device is {name!r}: use auto, cpu, cuda or mps")
+    if isinstance(name, torch.device):
+        name = str(name)
+    if not isinstance(name, str):
+        raise UnclipError(f"device is {name!r}: use auto, cpu, cuda or mps")
     if name == "auto":
-        if torch.cuda.is_available(): return torch.device("cuda")
+        if torch.cuda.is_available():
+            return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try: device = torch.device(name)
-    except RuntimeError: raise UnclipError(f"unknown device {name!r}: use auto, cpu, cuda or mps") from None
-    if device.type not in ("cpu", "cuda", "mps"): raise UnclipError(f"device {device.type} is not one to compute on: use auto, cpu, cuda or mps")
-    if device.type == "cuda" and not torch.cuda.is_available(): raise UnclipError(f"no CUDA device on this machine for --device {name}: use --device cpu")
-    if device.type == "mps" and not torch.backends.mps.is_available(): raise UnclipError("no MPS device on this machine: use --device cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UnclipError(f"unknown device {name!r}: use auto, cpu, cuda or mps") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UnclipError(
+            f"device {device.type} is not one to compute on: use auto, cpu, cuda or mps")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UnclipError(f"no CUDA device on this machine for --device {name}: use --device cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UnclipError("no MPS device on this machine: use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UnclipError(f"no device {name}, this machine has {torch.cuda.device_count()}: use cuda:0 or cpu")
+        raise UnclipError(
+            f"no device {name}, this machine has {torch.cuda.device_count()}: use cuda:0 or cpu")
     return device
 
 # %% ../nbs/00_core.ipynb #6d816cd5
@@ -156,9 +192,13 @@ def as_rgb(
     if image.mode[0] in "IF":                   # Pillow's own conversion saturates 16 bits of grey
         x = np.asarray(image, dtype="float32")
         if image.mode == "F" and not 0 <= x.min() <= x.max() <= 255:
-            raise UnclipError(f"a picture of floats from {x.min():g} to {x.max():g}: scale it to 0 to 1, or to 0 to 255")
-        if image.mode[0] == "I": x = x.clip(0, 65535) / 257
-        elif x.max() <= 1: x = x * 255
+            raise UnclipError(
+                f"a picture of floats from {x.min():g} to {x.max():g}: scale it to 0 to 1, or to 0 to 255"
+            )
+        if image.mode[0] == "I":
+            x = x.clip(0, 65535) / 257
+        elif x.max() <= 1:
+            x = x * 255
         image = Image.fromarray(x.round().astype("uint8"))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -181,21 +221,31 @@ def open_picture(
 ) -> Image.Image:
     "The picture of a file as RGB, read as `as_rgb` does. Raises `UnclipError` with the reason, without the file's name, and nothing else."
     try:
-        if isinstance(source, bytes): file = io.BytesIO(source)
+        if isinstance(source, bytes):
+            file = io.BytesIO(source)
         else:
-            if not stat.S_ISREG(os.stat(source).st_mode): raise UnclipError("not a regular file")   # a pipe would never end
+            if not stat.S_ISREG(os.stat(source).st_mode):
+                raise UnclipError("not a regular file")   # a pipe would never end
             file = source
         with Image.open(file) as image:
-            if size: image.draft("RGB", (2 * size, 2 * size))
+            if size:
+                image.draft("RGB", (2 * size, 2 * size))
             pixels = image.width * image.height
             if pixels > MAX_PIXELS:
-                raise UnclipError(f"{pixels / 1e6:,.0f} million pixels, over the limit of {MAX_PIXELS / 1e6:.0f} million: shrink it")
+                raise UnclipError(
+                    f"{pixels / 1e6:,.0f} million pixels, over the limit of {MAX_PIXELS / 1e6:.0f} million: shrink it"
+                )
             return as_rgb(image)
-    except UnclipError: raise
-    except FileNotFoundError: raise UnclipError("the file is missing") from None
+    except UnclipError:
+        raise
+    except FileNotFoundError:
+        raise UnclipError("the file is missing") from None
     except Image.DecompressionBombError:
-        raise UnclipError(f"too many pixels, over the limit of {MAX_PIXELS / 1e6:.0f} million: shrink it") from None
-    except Exception as e: raise UnclipError(f"unreadable ({type(e).__name__})") from None           # Pillow raises a dozen kinds
+        raise UnclipError(
+            f"too many pixels, over the limit of {MAX_PIXELS / 1e6:.0f} million: shrink it"
+        ) from None
+    except Exception as e:
+        raise UnclipError(f"unreadable ({type(e).__name__})") from None           # Pillow raises a dozen kinds
 
 # %% ../nbs/00_core.ipynb #4e62d797
 def load_image(
@@ -210,16 +260,23 @@ def load_image(
     if why == "the file is missing":
         raise UnclipError(f"no file {str(path)!r}: give the path of a PNG or JPEG")
     if why.startswith("unreadable"):
-        raise UnclipError(f"cannot read {str(path)!r} as a picture {why.removeprefix('unreadable ')}: give a PNG or JPEG")
+        raise UnclipError(
+            f"cannot read {str(path)!r} as a picture {why.removeprefix('unreadable ')}: give a PNG or JPEG"
+        )
     raise UnclipError(f"cannot use {str(path)!r}: {why}; give the path of a PNG or JPEG")
 
 # %% ../nbs/00_core.ipynb #0421e614
 def _array_to_tensor(x:np.ndarray, name:str) -> Tensor:
     "A numpy array as a tensor, colours first."
-    if x.ndim == 2: x = x[None]
-    elif x.ndim in (3, 4) and x.shape[-1] in (1, 3, 4): x = np.moveaxis(x, -1, -3)
-    try: return torch.from_numpy(np.array(x))
-    except TypeError: raise UnclipError(f"{name}: an array of {x.dtype} is no picture: give uint8 or float32") from None
+    if x.ndim == 2:
+        x = x[None]
+    elif x.ndim in (3, 4) and x.shape[-1] in (1, 3, 4):
+        x = np.moveaxis(x, -1, -3)
+    try:
+        return torch.from_numpy(np.array(x))
+    except TypeError:
+        raise UnclipError(
+            f"{name}: an array of {x.dtype} is no picture: give uint8 or float32") from None
 
 def as_images(
     images,             # (b, c, h, w) or (c, h, w), c 1, 3 or 4: uint8, or floats in [-1, 1]; a numpy array (colours last or first),
@@ -228,26 +285,40 @@ def as_images(
 ) -> Float[Tensor, "b 3 h w"]:
     """Pictures in [-1, 1], float32. Bytes are converted by eq. 1, grey is repeated, transparency is laid on white.
     Raises `UnclipError` for what is no picture, for NaN, and for floats far outside [-1, 1]."""
-    if isinstance(images, np.ndarray): images = _array_to_tensor(images, name)
-    elif isinstance(images, (str, Path)): images = load_image(images)
-    elif isinstance(images, Image.Image): images = to_tensor(images)
+    if isinstance(images, np.ndarray):
+        images = _array_to_tensor(images, name)
+    elif isinstance(images, (str, Path)):
+        images = load_image(images)
+    elif isinstance(images, Image.Image):
+        images = to_tensor(images)
     elif isinstance(images, (list, tuple)):
         parts = [as_images(x, name) for x in images]
-        if not parts: raise UnclipError("no picture: give at least one")
+        if not parts:
+            raise UnclipError("no picture: give at least one")
         sizes = sorted({tuple(x.shape[2:]) for x in parts})
-        if len(sizes) > 1: raise UnclipError(f"{name} have different sizes, {sizes[0]} and {sizes[1]}: make them one size")
+        if len(sizes) > 1:
+            raise UnclipError(
+                f"{name} have different sizes, {sizes[0]} and {sizes[1]}: make them one size")
         return torch.cat(parts)
     if not isinstance(images, Tensor):
-        raise UnclipError(f"{name}: a {type(images).__name__} is no picture: give a tensor, an array, a PIL image or a path")
+        raise UnclipError(
+            f"{name}: a {type(images).__name__} is no picture: give a tensor, an array, a PIL image or a path"
+        )
     x = images[None] if images.ndim == 3 else images
     if x.ndim != 4 or x.shape[1] not in (1, 3, 4) or not x.numel():
-        raise UnclipError(f"{name} must be (b, 3, height, width) or (3, height, width), not {tuple(images.shape)}")
-    if x.dtype == torch.uint8: x = x.float() / 127.5 - 1                       # eq. 1
-    elif not x.is_floating_point(): raise UnclipError(f"{name} are {x.dtype}: give uint8, or floats in [-1, 1]")
+        raise UnclipError(
+            f"{name} must be (b, 3, height, width) or (3, height, width), not {tuple(images.shape)}"
+        )
+    if x.dtype == torch.uint8:
+        x = x.float() / 127.5 - 1                       # eq. 1
+    elif not x.is_floating_point():
+        raise UnclipError(f"{name} are {x.dtype}: give uint8, or floats in [-1, 1]")
     x = x.float()
     if not (x.is_meta or x.abs().amax() <= 1.5):                               # also where there is a NaN
-        if not x.isfinite().all(): raise UnclipError(f"{name} hold NaN or infinity: give floats in [-1, 1]")
-        raise UnclipError(f"{name} are floats from {x.min():g} to {x.max():g}: give uint8, or floats in [-1, 1]")
+        if not x.isfinite().all():
+            raise UnclipError(f"{name} hold NaN or infinity: give floats in [-1, 1]")
+        raise UnclipError(
+            f"{name} are floats from {x.min():g} to {x.max():g}: give uint8, or floats in [-1, 1]")
     if x.shape[1] == 4:
         alpha = (x[:, 3:] + 1) / 2
         return x[:, :3] * alpha + (1 - alpha)                                  # white is 1
@@ -258,7 +329,9 @@ def as_picture(
 ) -> Float[Tensor, "3 h w"]:
     "One picture in [-1, 1]. Raises `UnclipError` as `as_images` does, and for several."
     x = as_images(image, "a picture")
-    if len(x) > 1: raise UnclipError(f"a picture must be (3, height, width), not {tuple(x.shape)}: give them one by one")
+    if len(x) > 1:
+        raise UnclipError(
+            f"a picture must be (3, height, width), not {tuple(x.shape)}: give them one by one")
     return x[0]
 
 # %% ../nbs/00_core.ipynb #9a9c7c81
@@ -268,8 +341,10 @@ def resize(
 ) -> Float[Tensor, "b 3 size size"]:
     "Square pictures at `size`: by averaging when that is exact, else antialiased bilinear."
     h, w = images.shape[-2:]
-    if (h, w) == (size, size): return images
-    if h == w and h % size == 0: return F.avg_pool2d(images, h // size)
+    if (h, w) == (size, size):
+        return images
+    if h == w and h % size == 0:
+        return F.avg_pool2d(images, h // size)
     return F.interpolate(images, (size, size), mode="bilinear", antialias=True, align_corners=False)
 
 # %% ../nbs/00_core.ipynb #06c1db66
@@ -281,25 +356,33 @@ def image_grid(
 ) -> Image.Image:
     "A labelled contact sheet."
     images = torch.as_tensor(images)
-    n = len(images); cols = cols or min(n, 8); rows = math.ceil(n / cols)
-    font = ImageFont.load_default(size=11); pad, line = 6, 13
+    n = len(images)
+    cols = cols or min(n, 8)
+    rows = math.ceil(n / cols)
+    font = ImageFont.load_default(size=11)
+    pad, line = 6, 13
     thumbs = [to_pil(x) for x in images]
     wide = max(1, round(height * images.shape[-1] / images.shape[-2]))
     how = Image.NEAREST if height >= images.shape[-2] else Image.LANCZOS
     def wrap(text):
         lines, cur = [], ""
         for word in text.split():
-            if cur and font.getlength(f"{cur} {word}") > wide: lines.append(cur); cur = word
-            else: cur = f"{cur} {word}".strip()
+            if cur and font.getlength(f"{cur} {word}") > wide:
+                lines.append(cur)
+                cur = word
+            else:
+                cur = f"{cur} {word}".strip()
         return lines + [cur]
     texts = [wrap(str(t)) for t in titles] if titles is not None else [[]] * n
     below = max(map(len, texts)) * line
-    sheet = Image.new("RGB", (cols * (wide + pad) + pad, rows * (height + pad + below) + pad), "white")
+    sheet = Image.new("RGB", (cols * (wide + pad) + pad, rows * (height + pad + below) + pad),
+                      "white")
     draw = ImageDraw.Draw(sheet)
     for i, (im, text) in enumerate(zip(thumbs, texts)):
         x, y = pad + (i % cols) * (wide + pad), pad + (i // cols) * (height + pad + below)
         sheet.paste(im.resize((wide, height), how), (x, y))
-        for k, t in enumerate(text): draw.text((x, y + height + k * line), t, fill="black", font=font)
+        for k, t in enumerate(text):
+            draw.text((x, y + height + k * line), t, fill="black", font=font)
     return sheet
 
 # %% ../nbs/00_core.ipynb #d397b20b
@@ -311,7 +394,8 @@ def show_images(
 ):
     "`image_grid` as a small JPEG for a notebook's output."
     from IPython.display import Image as Picture
-    buffer = io.BytesIO(); image_grid(images, titles, cols, height).save(buffer, "JPEG", quality=88)
+    buffer = io.BytesIO()
+    image_grid(images, titles, cols, height).save(buffer, "JPEG", quality=88)
     return Picture(data=buffer.getvalue(), format="jpeg")
 
 # %% ../nbs/00_core.ipynb #233f8510
@@ -328,7 +412,8 @@ class ExactBuffers(nn.Module):
         kept = {k: b for k, b in self._buffers.items() if b is not None}
         super()._apply(fn, recurse)
         for k, b in kept.items():
-            if self._buffers[k].dtype != b.dtype: self._buffers[k] = b.to(self._buffers[k].device)
+            if self._buffers[k].dtype != b.dtype:
+                self._buffers[k] = b.to(self._buffers[k].device)
         return self
 
 # %% ../nbs/00_core.ipynb #14faddd8
@@ -336,9 +421,11 @@ def data_path(
     name:str="", # a file or folder among the shipped data, such as "tiny"; all of it by default
 ) -> Path:
     "Where shipped data lies: inside the installed package, or in `data/` of a checkout. Raises `UnclipError` where absent."
-    if not isinstance(name, (str, Path)): raise UnclipError(f"{name!r} is no name of shipped data: give a text, such as 'tiny'")
+    if not isinstance(name, (str, Path)):
+        raise UnclipError(f"{name!r} is no name of shipped data: give a text, such as 'tiny'")
     here = Path(__file__).parent
     home = here / "shipped" if (here / "shipped").is_dir() else here.parent / "data"
-    if (home / name).exists(): return home / name
+    if (home / name).exists():
+        return home / name
     have = sorted(p.name for p in home.iterdir()) if home.is_dir() else []
     raise UnclipError(f"no shipped data called {name!r}; there is: {', '.join(have) or 'nothing'}")

@@ -9,7 +9,13 @@ __all__ = ['log', 'SPLITS', 'PICTURES', 'CAPTION_COLUMNS', 'Tokenizer', 'write_t
            'find_columns', 'load_captioned', 'Batches', 'say_cut', 'is_embedded', 'EmbeddedData']
 
 # %% ../nbs/02_data.ipynb #9b0639c5
-import csv, hashlib, io, json, logging, os, re, tarfile
+import csv
+import hashlib
+import json
+import logging
+import os
+import re
+import tarfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,8 +38,10 @@ class Tokenizer:
     "A byte-level BPE tokenizer of fixed length: start, the caption, end (the highest id, as open_clip's pooling expects), then pad (0)."
     pad_id = 0
     def __init__(self, bpe): # a `tokenizers.Tokenizer` that already truncates, pads and adds the marks
-        self.bpe = bpe; bpe.encode_special_tokens = True    # "<end>" typed by a user is five characters, not the end
-        self.vocab_size, self.context_length, self.end_id = bpe.get_vocab_size(), bpe.truncation["max_length"], bpe.token_to_id("<end>")
+        self.bpe = bpe
+        bpe.encode_special_tokens = True    # "<end>" typed by a user is five characters, not the end
+        self.vocab_size, self.context_length, self.end_id = bpe.get_vocab_size(
+        ), bpe.truncation["max_length"], bpe.token_to_id("<end>")
 
     def __getstate__(self) -> str: return self.bpe.to_str()     # a copy is built anew: the library's own loses a flag
     def __setstate__(self, text:str):
@@ -47,17 +55,44 @@ class Tokenizer:
         context_length:int=24,  # tokens a caption, start and end included
     ) -> "Tokenizer":
         "Learn the merges. Raises `UnclipError` when a size is too small for the 256 bytes and the marks."
-        from tokenizers import Regex, Tokenizer as BPE, decoders, models, normalizers, pre_tokenizers, processors, trainers
-        if vocab_size < 259: raise UnclipError(f"vocab_size {vocab_size} is too small: 256 bytes and 3 marks need 259")
-        if context_length < 3: raise UnclipError(f"context_length {context_length} is too short: start, one token and end need 3")
+        from tokenizers import (
+            Regex,
+            Tokenizer as BPE,
+            decoders,
+            models,
+            normalizers,
+            pre_tokenizers,
+            processors,
+            trainers,
+        )
+        if vocab_size < 259:
+            raise UnclipError(
+                f"vocab_size {vocab_size} is too small: 256 bytes and 3 marks need 259")
+        if context_length < 3:
+            raise UnclipError(
+                f"context_length {context_length} is too short: start, one token and end need 3")
         bpe = BPE(models.BPE())
-        bpe.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()])
-        bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel()
-        bpe.train_from_iterator(captions, trainers.BpeTrainer(vocab_size=vocab_size - 1, special_tokens=["<pad>", "<start>"], show_progress=False,
-                                                              initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+        bpe.normalizer = normalizers.Sequence([
+            normalizers.NFKC(),
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(r"\s+"), " "),
+            normalizers.Strip()
+        ])
+        bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(
+            add_prefix_space=True), decoders.ByteLevel()
+        bpe.train_from_iterator(
+            captions,
+            trainers.BpeTrainer(vocab_size=vocab_size - 1,
+                                special_tokens=["<pad>", "<start>"],
+                                show_progress=False,
+                                initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
         bpe.add_special_tokens(["<end>"])                   # added last, so its id is the highest
-        bpe.post_processor = processors.TemplateProcessing(single="<start> $A <end>", special_tokens=[(t, bpe.token_to_id(t)) for t in ("<start>", "<end>")])
-        bpe.enable_truncation(context_length); bpe.enable_padding(length=context_length, pad_id=0, pad_token="<pad>")
+        bpe.post_processor = processors.TemplateProcessing(single="<start> $A <end>",
+                                                           special_tokens=[(t, bpe.token_to_id(t))
+                                                                           for t in ("<start>",
+                                                                                     "<end>")])
+        bpe.enable_truncation(context_length)
+        bpe.enable_padding(length=context_length, pad_id=0, pad_token="<pad>")
         return cls(bpe)
 
     @classmethod
@@ -65,26 +100,36 @@ class Tokenizer:
         "Read `folder/tokenizer.json`, ours or the name of one of open_clip's. Raises `UnclipError` where it is missing or broken."
         from tokenizers import Tokenizer as BPE
         file = Path(folder) / "tokenizer.json"
-        if not file.is_file(): raise UnclipError(f"no tokenizer.json in {folder}: is this the folder of a trained clip?")
+        if not file.is_file():
+            raise UnclipError(
+                f"no tokenizer.json in {folder}: is this the folder of a trained clip?")
         try:
-            text = file.read_text(encoding="utf-8"); name = json.loads(text).get("open_clip")
+            text = file.read_text(encoding="utf-8")
+            name = json.loads(text).get("open_clip")
             return OpenCLIPTokenizer(name) if name else cls(BPE.from_str(text))
-        except UnclipError: raise
+        except UnclipError:
+            raise
         except Exception as e:
             check_version("tokenizers")                     # an old library cannot read a good file
-            raise UnclipError(f"{file} is not a tokenizer ({type(e).__name__}): copy or train the clip again") from None
+            raise UnclipError(
+                f"{file} is not a tokenizer ({type(e).__name__}): copy or train the clip again"
+            ) from None
 
 # %% ../nbs/02_data.ipynb #5fffeea6
 @patch
 def encode(self:Tokenizer, captions:Sequence[str]) -> Int[Tensor, "b n"]:
     "Captions as ids, each a row of `context_length`; a long caption is cut and keeps its end token."
     captions = [captions] if isinstance(captions, str) else list(captions)
-    return torch.tensor([e.ids for e in self.bpe.encode_batch(captions)], dtype=torch.long).reshape(-1, self.context_length)
+    return torch.tensor([e.ids for e in self.bpe.encode_batch(captions)],
+                        dtype=torch.long).reshape(-1, self.context_length)
 
 @patch
 def decode(self:Tokenizer, tokens:Int[Tensor, "b n"]) -> list[str]:
     "Ids as captions, in lower case and without the marks."
-    return [t.strip() for t in self.bpe.decode_batch(torch.as_tensor(tokens).tolist(), skip_special_tokens=True)]
+    return [
+        t.strip()
+        for t in self.bpe.decode_batch(torch.as_tensor(tokens).tolist(), skip_special_tokens=True)
+    ]
 
 # %% ../nbs/02_data.ipynb #d5df9e68
 def write_text(
@@ -92,10 +137,14 @@ def write_text(
     text:str,
 ):
     "Write a text file whole or not at all: to a temporary name first, then renamed."
-    file = Path(file); file.parent.mkdir(parents=True, exist_ok=True)
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
     temp = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try: temp.write_text(text, encoding="utf-8"); os.replace(temp, file)
-    finally: temp.unlink(missing_ok=True)
+    try:
+        temp.write_text(text, encoding="utf-8")
+        os.replace(temp, file)
+    finally:
+        temp.unlink(missing_ok=True)
 
 # %% ../nbs/02_data.ipynb #f79d9f05
 @patch
@@ -108,21 +157,27 @@ def check_version(name:str):
     "Raises `UnclipError` where the installed library `name` is older than this package requires (the table in settings.ini)."
     try:
         wanted = map(Requirement, metadata.requires("unclip_nb") or ())
-        floor = next(r.specifier for r in wanted if r.name.replace("-", "_") == name and not r.marker)
+        floor = next(r.specifier for r in wanted
+                     if r.name.replace("-", "_") == name and not r.marker)
         have = metadata.version(name)
     except (metadata.PackageNotFoundError, StopIteration):
         return                                              # not installed by pip: nothing to compare
     if not floor.contains(have, prereleases=True):
-        raise UnclipError(f"{name} {have} is too old ({floor} is needed): pip install '{name}{floor}'")
+        raise UnclipError(
+            f"{name} {have} is too old ({floor} is needed): pip install '{name}{floor}'")
 
 # %% ../nbs/02_data.ipynb #25219c88
 def mend_torchvision():
     "Lets torchvision, and what builds on it, be imported where its compiled part cannot load (a CUDA build beside a CPU-only torch)."
-    try: import torchvision
+    try:
+        pass
     except RuntimeError as e:
-        if "torchvision::nms" not in str(e): raise
-        torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        torch.library.define("torchvision::qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        if "torchvision::nms" not in str(e):
+            raise
+        torch.library.define("torchvision::nms",
+                             "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        torch.library.define("torchvision::qnms",
+                             "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 def import_open_clip():
     "The package `open_clip`, whatever state torchvision is in."
@@ -136,9 +191,12 @@ class OpenCLIPTokenizer:
     pad_id = 0
     def __init__(self, name:str): # an open_clip model such as "ViT-B-32". Raises `UnclipError` when it is unknown or its tokenizer is not CLIP's own
         open_clip = import_open_clip()
-        if name not in open_clip.list_models(): raise UnclipError(f"open_clip has no model {name!r}: see open_clip.list_models()")
+        if name not in open_clip.list_models():
+            raise UnclipError(f"open_clip has no model {name!r}: see open_clip.list_models()")
         if open_clip.get_model_config(name)["text_cfg"].get("hf_tokenizer_name"):
-            raise UnclipError(f"{name} brings a Hugging Face tokenizer: use a CLIP with open_clip's own, such as ViT-B-32")
+            raise UnclipError(
+                f"{name} brings a Hugging Face tokenizer: use a CLIP with open_clip's own, such as ViT-B-32"
+            )
         self.name, self.inner = name, open_clip.get_tokenizer(name)
         self.vocab_size, self.context_length, self.end_id = self.inner.vocab_size, self.inner.context_length, self.inner.eot_token_id
 
@@ -148,7 +206,10 @@ class OpenCLIPTokenizer:
 
     def decode(self, tokens:Int[Tensor, "b n"]) -> list[str]:
         "Ids as captions."
-        return [self.inner.decode(row[1:row.index(self.end_id)]).strip() for row in torch.as_tensor(tokens).tolist()]
+        return [
+            self.inner.decode(row[1:row.index(self.end_id)]).strip()
+            for row in torch.as_tensor(tokens).tolist()
+        ]
 
     def save(self, folder:str|Path):
         "Write the model's name to `folder/tokenizer.json`; `Tokenizer.load` reads it."
@@ -161,7 +222,8 @@ def read_picture(
 ) -> UInt8[Tensor, "3 size size"]:
     "A picture file as RGB bytes: read by `open_picture`, centre-cropped to a square, resized with antialiasing. Raises its `UnclipError`."
     image = ImageOps.fit(open_picture(source, size), (size, size), Image.BICUBIC)
-    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1).contiguous()
+    return torch.frombuffer(bytearray(image.tobytes()),
+                            dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1).contiguous()
 
 # %% ../nbs/02_data.ipynb #ec726781
 class Captioned:
@@ -173,7 +235,10 @@ class Captioned:
 
     def identity(self) -> dict:
         "What the rows are, for a record that a resumed training or `embed` compares."
-        return {"source": type(self).__name__, "count": len(self), "digest": digest(self.texts(range(len(self))))}
+        return {
+            "source": type(self).__name__, "count": len(self),
+            "digest": digest(self.texts(range(len(self))))
+        }
 
     def __getitem__(self, i:int) -> dict:
         b = self.batch([range(len(self))[i]])               # range brings negative indices and IndexError
@@ -189,7 +254,8 @@ def digest(
 ) -> str:
     "Sixteen hex digits that change when a line is added, removed, moved or altered."
     h = hashlib.sha256()
-    for line in lines: h.update(line.encode("utf-8", "surrogatepass") + b"\0")
+    for line in lines:
+        h.update(line.encode("utf-8", "surrogatepass") + b"\0")
     return h.hexdigest()[:16]
 
 def what_differs(
@@ -213,30 +279,46 @@ class ShapesData(Captioned):
         full:bool=False,   # captions that leave nothing out
         near:bool=False,   # rows come in fours: a scene and its three near misses, worded alike
     ):
-        if split not in self.lengths: raise UnclipError(f"the shapes have no split {split!r}: use {', '.join(self.lengths)}")
+        if split not in self.lengths:
+            raise UnclipError(f"the shapes have no split {split!r}: use {', '.join(self.lengths)}")
         self.split, self.size, self.full, self.group = split, size, full, 4 if near else 1
 
     def __len__(self) -> int: return self.lengths[self.split]
     def identity(self) -> dict:
         "What the rows are, for a record: name and split say it all."
-        return {"source": "shapes", "split": self.split, "count": len(self), "full": self.full, "near": self.group == 4}
+        return {
+            "source": "shapes", "split": self.split, "count": len(self), "full": self.full,
+            "near": self.group == 4
+        }
 
     def scene(self, i:int) -> Scene: # the scene of row i
-        if self.group == 1: return scene_at(i, self.split)
+        if self.group == 1:
+            return scene_at(i, self.split)
         scene = scene_at(i // 4, self.split)
         return (scene, *near_misses(scene, generator("near", self.split, i // 4)))[i % 4]
-    def _caption(self, i, scene): return caption(scene, generator("caption", self.split, i // self.group), full=self.full)
-    def images(self, indices:Sequence[int]) -> Float[Tensor, "b 3 size size"]: return self.batch(indices)["image"]
-    def texts(self, indices:Sequence[int]) -> list[str]: return [self._caption(int(i), self.scene(int(i))) for i in indices]
+
+    def _caption(self, i, scene):
+        return caption(scene, generator("caption", self.split, i // self.group), full=self.full)
+
+    def images(self, indices: Sequence[int]) -> Float[Tensor, "b 3 size size"]:
+        return self.batch(indices)["image"]
+
+    def texts(self, indices: Sequence[int]) -> list[str]:
+        return [self._caption(int(i), self.scene(int(i))) for i in indices]
     def batch(self, indices):
         scenes = [self.scene(int(i)) for i in indices]              # drawn once, for the picture and for the caption
-        return {"image": render(scenes, self.size), "caption": [self._caption(int(i), s) for i, s in zip(indices, scenes)]}
+        return {
+            "image": render(scenes, self.size),
+            "caption": [self._caption(int(i), s) for i, s in zip(indices, scenes)]
+        }
 
 # %% ../nbs/02_data.ipynb #b726f4d0
 log = logging.getLogger("unclip_nb")
 SPLITS = {"train": ("train", "training"), "valid": ("valid", "validation", "val", "dev", "test")}
 
-def _split_words(name): return set(re.split("[^a-z]+", name.lower())) & {w for words in SPLITS.values() for w in words}
+
+def _split_words(name):
+    return set(re.split("[^a-z]+", name.lower())) & {w for words in SPLITS.values() for w in words}
 
 def of_split(
     names:Sequence[str], # paths or split names
@@ -244,11 +326,16 @@ def of_split(
 ) -> tuple[list[int], bool]:
     "Positions of the names that carry a split's word, and whether they are that split's own. Words count if every name has one."
     words = [set(re.split("[^a-z]+", n.lower())) for n in names]
-    if not all(_split_words(n) for n in names): return list(range(len(names))), False     # "boat", "car" and "train" are classes
-    def having(options): return next((found for o in options if (found := [i for i, w in enumerate(words) if o in w])), [])
+    if not all(_split_words(n) for n in names):
+        return list(range(len(names))), False     # "boat", "car" and "train" are classes
+
+    def having(options):
+        return next(
+            (found for o in options if (found := [i for i, w in enumerate(words) if o in w])), [])
     valid, train = having(SPLITS["valid"]), having(SPLITS["train"])
     train = train or [i for i, w in enumerate(words) if not w & set(SPLITS["valid"])]
-    if not valid or not train: return train or valid, False          # one pile: the caller holds some out
+    if not valid or not train:
+        return train or valid, False          # one pile: the caller holds some out
     return (valid if split == "valid" else train), True
 
 def say_split(
@@ -260,12 +347,15 @@ def say_split(
         used = {i for split in SPLITS for i in of_split(parts, split)[0]}
         left = [p for i, p in enumerate(parts) if i not in used]
         if left:
-            log.warning("%s: left out %d in %s, neither train nor valid", name, len(left), ", ".join(sorted(set(left))[:5]))
+            log.warning("%s: left out %d in %s, neither train nor valid", name, len(left),
+                        ", ".join(sorted(set(left))[:5]))
         return
-    marked, plain = ([p or "the top" for p in parts if bool(_split_words(p)) == has] for has in (True, False))
+    marked, plain = ([p or "the top" for p in parts if bool(_split_words(p)) == has]
+                     for has in (True, False))
     if marked and plain:
-        log.warning("%s: %s is not taken as a split, because %s carries no split word: 5 %% are held out of all %d",
-                    name, ", ".join(sorted(set(marked))[:3]), ", ".join(sorted(set(plain))[:3]), len(parts))
+        log.warning(
+            "%s: %s is not taken as a split, because %s carries no split word: 5 %% are held out of all %d",
+            name, ", ".join(sorted(set(marked))[:3]), ", ".join(sorted(set(plain))[:3]), len(parts))
 
 def hold_out(
     keys:Sequence[str], # one a row, such as the picture's name
@@ -273,7 +363,8 @@ def hold_out(
 ) -> list[int]:
     "Positions of a split when 5 % of the keys (at least one) are held out: always the same ones, equal keys together."
     order = sorted(set(keys), key=lambda k: seed_for("held out", k))
-    if len(order) == 1: return list(range(len(keys)))      # a single picture has to serve as both
+    if len(order) == 1:
+        return list(range(len(keys)))      # a single picture has to serve as both
     valid = set(order[:max(1, round(0.05 * len(order)))])
     return [i for i, k in enumerate(keys) if (k in valid) == (split == "valid")]
 
@@ -283,26 +374,36 @@ CAPTION_COLUMNS = ("caption", "text", "txt", "captions", "prompt", "title", "des
 
 def _is_text(text):
     "Whether a string can be written as UTF-8; what was read from other bytes cannot."
-    try: text.encode()
-    except UnicodeEncodeError: return False
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
     return True
 
 def _clean(text):
     "A caption on one line out of what a column holds: a string, a list (its first), or a record with a caption column."
-    if isinstance(text, dict): text = next((text[k] for k in CAPTION_COLUMNS if text.get(k)), "")
-    if isinstance(text, (list, tuple)): text = _clean(text[0]) if text else ""
-    if isinstance(text, bytes): text = text.decode("utf-8", "surrogateescape")
-    if text is None or isinstance(text, (float, bool)): return ""          # NaN is how tables write "nothing"
+    if isinstance(text, dict):
+        text = next((text[k] for k in CAPTION_COLUMNS if text.get(k)), "")
+    if isinstance(text, (list, tuple)):
+        text = _clean(text[0]) if text else ""
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", "surrogateescape")
+    if text is None or isinstance(text, (float, bool)):
+        return ""          # NaN is how tables write "nothing"
     text = " ".join(str(text).split())
     return text if _is_text(text) else ""
 
 def _several(text):
     "Whether a column holds more than one caption."
-    if isinstance(text, dict): text = next((text[k] for k in CAPTION_COLUMNS if text.get(k)), "")
+    if isinstance(text, dict):
+        text = next((text[k] for k in CAPTION_COLUMNS if text.get(k)), "")
     return isinstance(text, (list, tuple)) and len(text) > 1
 
 def _say_several(name, n):
-    if n: log.warning("%s: %d rows hold several captions and the first is used: give each caption a row of its own", name, n)
+    if n:
+        log.warning(
+            "%s: %d rows hold several captions and the first is used: give each caption a row of its own",
+            name, n)
 
 def _files_of(folder):
     "All files below a folder, sorted, hidden ones left out. Links to folders are followed, and no folder is read twice."
@@ -313,9 +414,11 @@ def _files_of(folder):
             left.append(f"{here.name} (leads to a folder that is read already)")
             continue
         seen.add(os.path.realpath(here))
-        try: entries = sorted(os.scandir(here), key=lambda e: e.name)
+        try:
+            entries = sorted(os.scandir(here), key=lambda e: e.name)
         except OSError as e:
-            if here == Path(folder): raise UnclipError(f"cannot read the folder {folder} ({e.strerror})") from None
+            if here == Path(folder):
+                raise UnclipError(f"cannot read the folder {folder} ({e.strerror})") from None
             left.append(f"{here.name} (unreadable, {e.strerror})")
             continue
         entries = [e for e in entries if not e.name.startswith(".")]
@@ -323,7 +426,9 @@ def _files_of(folder):
         files += [Path(e.path) for e in entries if e not in folders]
         todo[:0] = [Path(e.path) for e in folders if not e.is_symlink()]
         todo += [Path(e.path) for e in folders if e.is_symlink()]           # last, so that a folder's own name wins
-    if left: log.warning("%s: left out %d folders: %s", Path(folder).name, len(left), "; ".join(left[:5]))
+    if left:
+        log.warning("%s: left out %d folders: %s",
+                    Path(folder).name, len(left), "; ".join(left[:5]))
     return sorted(files)
 
 def _lines_of(file):
@@ -331,42 +436,62 @@ def _lines_of(file):
     with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as f:
         if file.suffix == ".jsonl":
             for line in f:
-                if not line.strip(): continue
-                try: row = json.loads(line)
-                except (ValueError, RecursionError): row = None
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError):
+                    row = None
                 yield row if isinstance(row, dict) else "not a JSON object"
             return
         rows, header = csv.reader(f), None
         while True:
-            try: fields = next(rows)
-            except StopIteration: return
-            except csv.Error as e: fields = str(e)
-            if isinstance(fields, str): yield fields
-            elif header is None: header = fields
+            try:
+                fields = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as e:
+                fields = str(e)
+            if isinstance(fields, str):
+                yield fields
+            elif header is None:
+                header = fields
             elif fields:
                 same = len(fields) == len(header)
-                yield dict(zip(header, fields)) if same else f"{len(fields)} fields for {len(header)} columns"
+                yield dict(zip(
+                    header, fields)) if same else f"{len(fields)} fields for {len(header)} columns"
 
 def _metadata(file, column):
     "(picture path, caption) pairs of a metadata.jsonl or metadata.csv, and the rows without a picture's name."
-    if not file.is_file(): raise UnclipError(f"{file} is not a regular file: it needs one JSON object a line, or a CSV with a header")
+    if not file.is_file():
+        raise UnclipError(
+            f"{file} is not a regular file: it needs one JSON object a line, or a CSV with a header"
+        )
     pairs, skipped, several = [], [], 0
-    try: rows = list(_lines_of(file))
-    except OSError as e: raise UnclipError(f"{file} cannot be read ({e.strerror}): may you read it?") from None
+    try:
+        rows = list(_lines_of(file))
+    except OSError as e:
+        raise UnclipError(f"{file} cannot be read ({e.strerror}): may you read it?") from None
     first = next((r for r in rows if isinstance(r, dict)), {})
-    if column and first and column not in first: raise UnclipError(f"{file} has no column {column!r}: it has {', '.join(first)}")
+    if column and first and column not in first:
+        raise UnclipError(f"{file} has no column {column!r}: it has {', '.join(first)}")
     for n, row in enumerate(rows, 1):
         name = row.get("file_name") if isinstance(row, dict) else None
-        if isinstance(row, str): skipped.append(f"{file.name} row {n}: {row}")
-        elif not isinstance(name, str) or not name.strip(): skipped.append(f"{file.name} row {n}: without file_name")
-        elif not _is_text(name): skipped.append(f"{file.name} row {n}: file_name is not UTF-8")
+        if isinstance(row, str):
+            skipped.append(f"{file.name} row {n}: {row}")
+        elif not isinstance(name, str) or not name.strip():
+            skipped.append(f"{file.name} row {n}: without file_name")
+        elif not _is_text(name):
+            skipped.append(f"{file.name} row {n}: file_name is not UTF-8")
         else:
             text = row.get(column) if column else row
             several += _several(text)
             pairs.append((str(file.parent / name), _clean(text)))
     if not pairs:
         why = skipped[0] if skipped else "no rows"
-        raise UnclipError(f"{file} cannot be read ({why}): one JSON object a line, or a CSV with a header; each needs file_name and text")
+        raise UnclipError(
+            f"{file} cannot be read ({why}): one JSON object a line, or a CSV with a header; each needs file_name and text"
+        )
     _say_several(file.name, several)
     return pairs, skipped
 
@@ -375,10 +500,14 @@ def _beside(pictures):
     pairs, skipped = [], []
     for p in pictures:
         t = p.with_suffix(".txt")
-        if not t.is_file(): continue
-        try: pairs.append((str(p), _clean(t.read_text(encoding="utf-8-sig"))))
-        except UnicodeDecodeError: skipped.append(f"{p.name}: its caption is not UTF-8")
-        except OSError as e: skipped.append(f"{p.name}: its caption is unreadable ({type(e).__name__})")
+        if not t.is_file():
+            continue
+        try:
+            pairs.append((str(p), _clean(t.read_text(encoding="utf-8-sig"))))
+        except UnicodeDecodeError:
+            skipped.append(f"{p.name}: its caption is not UTF-8")
+        except OSError as e:
+            skipped.append(f"{p.name}: its caption is unreadable ({type(e).__name__})")
     return pairs, skipped
 
 def read_folder(
@@ -390,28 +519,44 @@ def read_folder(
     files = [p for p in seen if p.suffix.lower() in PICTURES]
     odd = [p for p in files if not _is_text(str(p))]
     files = [p for p in files if _is_text(str(p))]
-    if not files: raise UnclipError(f"no pictures in {folder}: it needs {', '.join(PICTURES)} files with captions, or .parquet or .tar shards")
+    if not files:
+        raise UnclipError(
+            f"no pictures in {folder}: it needs {', '.join(PICTURES)} files with captions, or .parquet or .tar shards"
+        )
     metas = [p for p in seen if p.name in ("metadata.jsonl", "metadata.csv")]
     double = [p for p in metas if p.name == "metadata.csv" and p.with_suffix(".jsonl") in metas]
-    for p in double: log.warning("%s: left out, because metadata.jsonl lies beside it", p)
+    for p in double:
+        log.warning("%s: left out, because metadata.jsonl lies beside it", p)
     found = [_metadata(p, caption_column) for p in metas if p not in double] or [_beside(files)]
     pairs = [pair for some, _ in found for pair in some]
     skipped = [told for _, some in found for told in some]
     if not any(text for _, text in pairs):
-        raise UnclipError(f"no captions in {folder}: put a .txt beside each picture, or one metadata.jsonl with file_name and text")
+        raise UnclipError(
+            f"no captions in {folder}: put a .txt beside each picture, or one metadata.jsonl with file_name and text"
+        )
     named = {os.path.normpath(p) for p, _ in pairs}
     told = {t.split(":")[0] for t in skipped}
-    skipped += [f"{p.name}: no caption" for p in files if os.path.normpath(p) not in named and p.name not in told]
-    return pairs, skipped + [f"{p.name.encode(errors='replace').decode()}: its name is not UTF-8" for p in odd]
+    skipped += [
+        f"{p.name}: no caption" for p in files
+        if os.path.normpath(p) not in named and p.name not in told
+    ]
+    return pairs, skipped + [
+        f"{p.name.encode(errors='replace').decode()}: its name is not UTF-8" for p in odd
+    ]
 
 # %% ../nbs/02_data.ipynb #e1ed8c0d
 def _datasets():
     "The package `datasets`, with its own bars and chatter off."
-    try: import datasets
-    except ImportError: raise UnclipError("reading picture files needs the package datasets: pip install datasets") from None
+    try:
+        import datasets
+    except ImportError:
+        raise UnclipError(
+            "reading picture files needs the package datasets: pip install datasets") from None
     check_version("datasets")                               # below 3 it runs what a hub's data set brings along
     import huggingface_hub
-    datasets.disable_progress_bars(); datasets.logging.set_verbosity_error(); huggingface_hub.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()
     return datasets
 
 def picture_facts(
@@ -423,11 +568,15 @@ def picture_facts(
     column = rows.data.column("image")
     fields = {f.name for f in column.type}
     names = pc.struct_field(column, "name" if "name" in fields else "path").to_pylist()
-    sizes = pc.struct_field(column, "size") if "size" in fields else pc.binary_length(pc.struct_field(column, "bytes"))
+    sizes = pc.struct_field(column, "size") if "size" in fields else pc.binary_length(
+        pc.struct_field(column, "bytes"))
     def fact(name, size):
-        if size is None: size = os.path.getsize(name) if name and os.path.isfile(name) else -1
-        if "name" in fields: short = name
-        else: short = os.path.relpath(name, root) if root and name else os.path.basename(name or "")
+        if size is None:
+            size = os.path.getsize(name) if name and os.path.isfile(name) else -1
+        if "name" in fields:
+            short = name
+        else:
+            short = os.path.relpath(name, root) if root and name else os.path.basename(name or "")
         return f"{short.replace(os.sep, '/')}\t{size}"
     sizes = sizes.to_pylist()
     places = range(len(names)) if rows._indices is None else rows._indices.column(0).to_pylist()
@@ -452,11 +601,15 @@ def _try_pictures(sources, size):
     "For each source a picture, or the reason why there is none."
     def one(s):
         try:
-            if isinstance(s, dict): s = _in_tar(s) if "offset" in s else s.get("bytes") or s.get("path")
+            if isinstance(s, dict):
+                s = _in_tar(s) if "offset" in s else s.get("bytes") or s.get("path")
             return read_picture(s, size) if s else "no picture"
-        except UnclipError as e: return str(e)
-        except OSError as e: return f"unreadable ({type(e).__name__})"
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool: return list(pool.map(one, sources))
+        except UnclipError as e:
+            return str(e)
+        except OSError as e:
+            return f"unreadable ({type(e).__name__})"
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(one, sources))
 
 # %% ../nbs/02_data.ipynb #675cc90a
 class PictureData(Captioned):
@@ -475,16 +628,25 @@ class PictureData(Captioned):
         good = [i for i, t in enumerate(texts) if t]
         self.rows, self.size, self.name, self.pixels = rows, size, name, None
         self.known, self.root = known or {"source": name}, root
-        self.skipped = [*skipped, *(f"{self._name(i)}: empty caption" for i, t in enumerate(texts) if not t)]
+        self.skipped = [
+            *skipped, *(f"{self._name(i)}: empty caption" for i, t in enumerate(texts) if not t)
+        ]
         if len(good) <= 10_000 and len(good) * 3 * size**2 <= 2**28 if keep is None else keep:
             found = _try_pictures((rows[i]["image"] for i in good), size)
-            self.skipped += [f"{self._name(i)}: {x}" for i, x in zip(good, found) if isinstance(x, str)]
-            good, found = [i for i, x in zip(good, found) if not isinstance(x, str)], [x for x in found if not isinstance(x, str)]
-            if found: self.pixels = torch.stack(found)
+            self.skipped += [
+                f"{self._name(i)}: {x}" for i, x in zip(good, found) if isinstance(x, str)
+            ]
+            good, found = [i for i, x in zip(good, found)
+                           if not isinstance(x, str)], [x for x in found if not isinstance(x, str)]
+            if found:
+                self.pixels = torch.stack(found)
         self.index, self._texts = good, [texts[i] for i in good]
         told = _first(self.skipped)
-        if not good: raise UnclipError(f"{name}: none of its {total} pictures can be read and has a caption ({told})")
-        if self.skipped: log.warning("%s: skipped %d of %d: %s", name, len(self.skipped), total, told)
+        if not good:
+            raise UnclipError(
+                f"{name}: none of its {total} pictures can be read and has a caption ({told})")
+        if self.skipped:
+            log.warning("%s: skipped %d of %d: %s", name, len(self.skipped), total, told)
 
     def __len__(self) -> int: return len(self.index)
     def identity(self) -> dict:
@@ -496,7 +658,9 @@ class PictureData(Captioned):
     def _name(self, i):
         return _name_of(self.rows[i]["image"], f"row {i}")
     def texts(self, indices:Sequence[int]) -> list[str]: return [self._texts[i] for i in indices]
-    def images(self, indices:Sequence[int]) -> Float[Tensor, "b 3 size size"]: return self.batch(indices)["image"]
+
+    def images(self, indices: Sequence[int]) -> Float[Tensor, "b 3 size size"]:
+        return self.batch(indices)["image"]
 
     def batch(self, indices):
         indices = [int(i) for i in indices]
@@ -504,16 +668,21 @@ class PictureData(Captioned):
             found = _try_pictures([self.rows[self.index[i]]["image"] for i in indices], self.size)
             indices, found = zip(*(self._next_good(i, x) for i, x in zip(indices, found)))
             pixels = torch.stack(found)
-        else: pixels = self.pixels[indices]
+        else:
+            pixels = self.pixels[indices]
         return {"image": pixels.float() / 127.5 - 1, "caption": self.texts(indices)}
 
     def _next_good(self, i, found):
         "Row i, or the next readable one; an unreadable one is named once."
         for j in [*range(i, len(self)), *range(i)]:
-            x = found if j == i else _try_pictures([self.rows[self.index[j]]["image"]], self.size)[0]
-            if not isinstance(x, str): return j, x
+            x = found if j == i else _try_pictures([self.rows[self.index[j]]["image"]],
+                                                   self.size)[0]
+            if not isinstance(x, str):
+                return j, x
             told = f"{self._name(self.index[j])}: {x}"
-            if told not in self.skipped: self.skipped.append(told); log.warning("%s: skipped %s", self.name, told)
+            if told not in self.skipped:
+                self.skipped.append(told)
+                log.warning("%s: skipped %s", self.name, told)
         raise UnclipError(f"{self.name}: none of its {len(self)} pictures can be read")
 
 # %% ../nbs/02_data.ipynb #92bf6f85
@@ -527,8 +696,11 @@ class StreamData:
         known:dict|None=None,    # source, split and what else tells its rows from others, for `identity`
         skipped:Sequence[str]=(),# what the reader of the files left out already
     ):
-        self.stream, self.size, self.name, self.buffer, self.skipped = rows, size, name, buffer, [*skipped]
-        if skipped: log.warning("%s: skipped %d: %s", name, len(skipped), _first(skipped))
+        self.stream, self.size, self.name, self.buffer, self.skipped = rows, size, name, buffer, [
+            *skipped
+        ]
+        if skipped:
+            log.warning("%s: skipped %d: %s", name, len(skipped), _first(skipped))
         self.known = known or {"source": name}
 
     def identity(self) -> dict:
@@ -539,38 +711,60 @@ class StreamData:
         "Endless rows, pictures undecoded; each pass is shuffled within the buffer by (seed, pass)."
         for epoch in count():
             empty = True
-            for row in self._read(self.stream.shuffle(seed=seed_for("stream", seed, epoch) % 2**32, buffer_size=self.buffer)):
-                if text := _clean(row["caption"]): empty = False; yield {"image": row["image"], "caption": text}
-                else: self._skip(row, "empty caption")
-            if empty: raise UnclipError(f"{self.name}: no row has a caption")
+            for row in self._read(
+                    self.stream.shuffle(seed=seed_for("stream", seed, epoch) % 2**32,
+                                        buffer_size=self.buffer)):
+                if text := _clean(row["caption"]):
+                    empty = False
+                    yield {"image": row["image"], "caption": text}
+                else:
+                    self._skip(row, "empty caption")
+            if empty:
+                raise UnclipError(f"{self.name}: no row has a caption")
 
     def _read(self, rows):
         "The rows of one pass. A file that turns out to be damaged ends it with one line."
-        try: yield from rows
-        except OSError as e: raise UnclipError(f"{self.name}: {type(e).__name__} while reading on: check the file and the network") from e
-        except ValueError as e: raise UnclipError(f"{self.name}: damaged ({type(e).__name__}): write the shards again") from e
+        try:
+            yield from rows
+        except OSError as e:
+            raise UnclipError(
+                f"{self.name}: {type(e).__name__} while reading on: check the file and the network"
+            ) from e
+        except ValueError as e:
+            raise UnclipError(
+                f"{self.name}: damaged ({type(e).__name__}): write the shards again") from e
 
     def _skip(self, row, why):
         told = f"{_name_of(row['image'], 'a row')}: {why}"
-        if told not in self.skipped: self.skipped.append(told); log.warning("%s: skipped %s", self.name, told)
+        if told not in self.skipped:
+            self.skipped.append(told)
+            log.warning("%s: skipped %s", self.name, told)
 
     def decode(self,
         rows:Sequence[dict],     # the rows of the batch
         group:Sequence[dict]=(), # rows to take an unreadable one's place, in order
     ) -> dict:
         "The rows as a batch. Raises `UnclipError` when not one of them can be read."
-        found, out, spare = _try_pictures([r["image"] for r in rows], self.size), [], iter([*rows, *group])
+        found, out, spare = _try_pictures([r["image"] for r in rows],
+                                          self.size), [], iter([*rows, *group])
         for row, x in zip(rows, found):
             while isinstance(x, str):
                 self._skip(row, x)
-                if (row := next(spare, None)) is None: raise UnclipError(f"{self.name}: none of {len(rows)} pictures in a row can be read")
+                if (row := next(spare, None)) is None:
+                    raise UnclipError(
+                        f"{self.name}: none of {len(rows)} pictures in a row can be read")
                 x = _try_pictures([row["image"]], self.size)[0]
             out.append((x, row["caption"]))
-        return {"image": torch.stack([x for x, _ in out]).float() / 127.5 - 1, "caption": [c for _, c in out]}
+        return {
+            "image": torch.stack([x for x, _ in out]).float() / 127.5 - 1,
+            "caption": [c for _, c in out]
+        }
 
     def captions(self, n:int) -> list[str]:
         "The first `n` captions."
-        return list(islice(filter(None, (_clean(r["caption"]) for r in self._read(self.stream))), max(0, n)))
+        return list(
+            islice(filter(None, (_clean(r["caption"]) for r in self._read(self.stream))), max(0,
+                                                                                              n)))
 
 # %% ../nbs/02_data.ipynb #711d4c9c
 def find_columns(
@@ -580,12 +774,23 @@ def find_columns(
 ) -> tuple[str, str]:
     "The names of the picture and the caption column. Raises `UnclipError` that lists the columns."
     def pick(kind, given, found):
-        if given and given not in features: raise UnclipError(f"no column {given!r} for {kind}_column: the columns are {', '.join(features)}")
-        if not given and not found: raise UnclipError(f"no {kind} column among {', '.join(features)}: name it with {kind}_column")
+        if given and given not in features:
+            raise UnclipError(
+                f"no column {given!r} for {kind}_column: the columns are {', '.join(features)}")
+        if not given and not found:
+            raise UnclipError(
+                f"no {kind} column among {', '.join(features)}: name it with {kind}_column")
         return given or found[0]
-    strings = [n for n, f in features.items() if getattr(f, "dtype", "") in ("string", "large_string") and not n.startswith("__")]
-    pictures = [n for n, f in features.items() if type(f).__name__ == "Image"] + [n for n in ("image", "img", "picture", "jpg", "jpeg", "png", "webp") if n in features]
-    texts = [n for n in (*CAPTION_COLUMNS, "json") if n in features] + (strings if len(strings) == 1 else [])
+
+    strings = [
+        n for n, f in features.items()
+        if getattr(f, "dtype", "") in ("string", "large_string") and not n.startswith("__")
+    ]
+    pictures = [n for n, f in features.items() if type(f).__name__ == "Image"] + [
+        n for n in ("image", "img", "picture", "jpg", "jpeg", "png", "webp") if n in features
+    ]
+    texts = [n for n in (*CAPTION_COLUMNS, "json") if n in features
+             ] + (strings if len(strings) == 1 else [])
     return pick("image", image, pictures), pick("caption", caption, texts)
 
 def _standard(rows, image, caption):
@@ -593,13 +798,21 @@ def _standard(rows, image, caption):
     features = rows.features or dict.fromkeys(next(iter(rows), {}))
     image, caption = find_columns(features, image, caption)
     kind = getattr(features[caption], "dtype", "string")
-    if type(features[caption]).__name__ == "ClassLabel" or kind not in ("string", "large_string", "binary", "large_binary", "dict", "list"):
-        raise UnclipError(f"column {caption!r} holds {kind}, not text: name the captions with caption_column")
+    if type(features[caption]).__name__ == "ClassLabel" or kind not in ("string", "large_string",
+                                                                        "binary", "large_binary",
+                                                                        "dict", "list"):
+        raise UnclipError(
+            f"column {caption!r} holds {kind}, not text: name the captions with caption_column")
     kind = getattr(features[image], "dtype", "struct")
-    if type(features[image]).__name__ != "Image" and kind not in ("string", "large_string", "binary", "large_binary", "struct", "dict"):
-        raise UnclipError(f"column {image!r} holds {kind}, not pictures: name the pictures with image_column")
+    if type(features[image]).__name__ != "Image" and kind not in ("string", "large_string",
+                                                                  "binary", "large_binary",
+                                                                  "struct", "dict"):
+        raise UnclipError(
+            f"column {image!r} holds {kind}, not pictures: name the pictures with image_column")
     rows = rows.select_columns([image, caption]).cast_column(image, _datasets().Image(decode=False))
-    return rows.rename_columns({a: b for a, b in ((image, "image"), (caption, "caption")) if a != b})
+    return rows.rename_columns(
+        {a: b
+         for a, b in ((image, "image"), (caption, "caption")) if a != b})
 
 # %% ../nbs/02_data.ipynb #ba818587
 def _folder_rows(folder, split, caption_column):
@@ -609,30 +822,41 @@ def _folder_rows(folder, split, caption_column):
     pairs = [(p, text) for p, text in pairs if text]
     paths = [os.path.relpath(p, folder) for p, _ in pairs]
     parts = [p.split(os.sep)[0] if os.sep in p else "" for p in paths]
-    if split == "train": say_split(Path(folder).name, parts)
+    if split == "train":
+        say_split(Path(folder).name, parts)
     mine, own = of_split(parts, split)
-    if not own: mine = [mine[i] for i in hold_out([paths[i] for i in mine], split)]
+    if not own:
+        mine = [mine[i] for i in hold_out([paths[i] for i in mine], split)]
     datasets = _datasets()
-    rows = datasets.Dataset.from_dict({"image": [pairs[i][0] for i in mine], "caption": [pairs[i][1] for i in mine]})
-    return rows.cast_column("image", datasets.Image(decode=False)), skipped if split == "train" else []
+    rows = datasets.Dataset.from_dict(
+        {"image": [pairs[i][0] for i in mine], "caption": [pairs[i][1] for i in mine]})
+    return rows.cast_column("image",
+                            datasets.Image(decode=False)), skipped if split == "train" else []
 
 def _shards_of(source, files, split):
     "The kind of shards, those of the split, and whether they are the split's own."
     kinds = {f.suffix: {".parquet": "parquet", ".tar": "tar"}.get(f.suffix) for f in files}
     if len(kinds) > 1 or None in kinds.values():
-        raise UnclipError(f"cannot read {source}: give a folder of pictures, .parquet files or .tar shards")
+        raise UnclipError(
+            f"cannot read {source}: give a folder of pictures, .parquet files or .tar shards")
     base = os.path.commonpath([f.parent for f in files])
     names = [os.path.relpath(f, base) for f in files]
-    if split == "train": say_split(Path(base).name, names)
+    if split == "train":
+        say_split(Path(base).name, names)
     mine, own = of_split(names, split)
     return kinds.popitem()[1], [files[i] for i in mine], own
 
 def _parquet_rows(source, files, streaming):
     "Rows of parquet files."
     try:
-        return _datasets().load_dataset("parquet", data_files=[escape(str(f)) for f in files], split="train", streaming=streaming)
+        return _datasets().load_dataset("parquet",
+                                        data_files=[escape(str(f)) for f in files],
+                                        split="train",
+                                        streaming=streaming)
     except Exception as e:
-        raise UnclipError(f"{source}: {type(e).__name__} while reading {files[0].name} and {len(files) - 1} more: write the shards again") from None
+        raise UnclipError(
+            f"{source}: {type(e).__name__} while reading {files[0].name} and {len(files) - 1} more: write the shards again"
+        ) from None
 
 def _members(file, skipped):
     "The pictures and texts of one tar file: stem -> extension -> (name, offset, size, text). What is damaged is named in `skipped`."
@@ -641,11 +865,13 @@ def _members(file, skipped):
         with tarfile.open(file, "r:") as tar:
             for m in tar:
                 stem, ext = os.path.splitext(m.name)
-                if not m.isfile() or os.path.basename(m.name).startswith("."): continue
+                if not m.isfile() or os.path.basename(m.name).startswith("."):
+                    continue
                 if not _is_text(m.name):
                     skipped.append(f"{file.name}: a file whose name is not UTF-8")
                     continue
-                text = tar.extractfile(m).read() if ext.lower() not in PICTURES and m.size < 2**20 else None
+                text = tar.extractfile(
+                    m).read() if ext.lower() not in PICTURES and m.size < 2**20 else None
                 found.setdefault(stem, {})[ext.lower()] = (m.name, m.offset_data, m.size, text)
     except (tarfile.TarError, OSError, EOFError, ValueError) as e:
         skipped.append(f"{file.name}: damaged after {len(found)} samples ({type(e).__name__})")
@@ -655,12 +881,17 @@ def _tar_caption(sample, column):
     "The caption of a sample and, where there is none, the reason. A column is an extension, or a field of the .json."
     ends = (f".{column}",) if f".{column}" in sample else (".txt", ".caption", ".text", ".json")
     text = next((sample[e][3] for e in ends if e in sample), None)
-    if text is None: return "", "no caption"
-    if not _is_text(text.decode("utf-8", "surrogateescape")): return "", "its caption is not UTF-8"
+    if text is None:
+        return "", "no caption"
+    if not _is_text(text.decode("utf-8", "surrogateescape")):
+        return "", "its caption is not UTF-8"
     if ".txt" not in sample or column:
-        try: record = json.loads(text)
-        except (ValueError, RecursionError): record = None
-        if isinstance(record, dict): text = record.get(column) if column in record else record
+        try:
+            record = json.loads(text)
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict):
+            text = record.get(column) if column in record else record
     text = _clean(text.removeprefix(b"\xef\xbb\xbf") if isinstance(text, bytes) else text)
     return text, "" if text else "empty caption"
 
@@ -673,15 +904,19 @@ def _tar_rows(source, files, image_column, caption_column):
             wanted = (f".{image_column}",) if image_column else PICTURES
             pictures = [sample[e] for e in sample if e in wanted]
             text, why = _tar_caption(sample, caption_column)
-            if not pictures and set(sample) & {".txt", ".json", ".caption"}: skipped.append(f"{os.path.basename(stem)}: no picture")
+            if not pictures and set(sample) & {".txt", ".json", ".caption"}:
+                skipped.append(f"{os.path.basename(stem)}: no picture")
             for name, offset, size, _ in pictures:
-                if why: skipped.append(f"{os.path.basename(name)}: {why}")
+                if why:
+                    skipped.append(f"{os.path.basename(name)}: {why}")
                 else:
                     images.append({"path": str(file), "name": name, "offset": offset, "size": size})
                     captions.append(text)
     if not captions:
         told = "; ".join(skipped[:3]) or f"it has {', '.join(sorted(ends)) or 'nothing'}"
-        raise UnclipError(f"{source}: no picture with a caption while reading {files[0].name} and {len(files) - 1} more ({told})")
+        raise UnclipError(
+            f"{source}: no picture with a caption while reading {files[0].name} and {len(files) - 1} more ({told})"
+        )
     return _datasets().Dataset.from_dict({"image": images, "caption": captions}), skipped
 
 def _hub_rows(source, split, streaming):
@@ -690,12 +925,16 @@ def _hub_rows(source, split, streaming):
         names = _datasets().get_dataset_split_names(source)
         known = [n for n in names if _split_words(n)] or names[:1]
         left = [n for n in names if n not in known]
-        if left and split == "train": log.warning("%s: left out the splits %s", source, ", ".join(left))
+        if left and split == "train":
+            log.warning("%s: left out the splits %s", source, ", ".join(left))
         mine, own = of_split(known, split)
         return _datasets().load_dataset(source, split=known[mine[0]], streaming=streaming), own
-    except UnclipError: raise
-    except Exception as e: raise UnclipError(f"no folder or file {source!r} here, and the hub gives no data set of that name "
-                                             f"({type(e).__name__}): check the spelling and the network") from None
+    except UnclipError:
+        raise
+    except Exception as e:
+        raise UnclipError(
+            f"no folder or file {source!r} here, and the hub gives no data set of that name "
+            f"({type(e).__name__}): check the spelling and the network") from None
 
 # %% ../nbs/02_data.ipynb #17d60066
 def _source_files(path):
@@ -704,10 +943,13 @@ def _source_files(path):
         seen = _files_of(path)
         shards = [f for f in seen if f.suffix in (".parquet", ".tar") and f.is_file()]
         lost = sum(f.suffix.lower() in PICTURES for f in seen)
-        if shards and lost: log.warning("%s: left out %d pictures that lie beside its shards", path.name, lost)
+        if shards and lost:
+            log.warning("%s: left out %d pictures that lie beside its shards", path.name, lost)
         return True, shards
-    if os.path.isfile(path): return False, [path]
-    if os.path.exists(path): raise UnclipError(f"cannot read {path}: it is not a regular file")
+    if os.path.isfile(path):
+        return False, [path]
+    if os.path.exists(path):
+        raise UnclipError(f"cannot read {path}: it is not a regular file")
     inside = os.path.join(escape(str(path.parent)), path.name)        # brackets in the folder's name are no pattern
     return False, [Path(f) for f in sorted(glob(str(path)) or glob(inside)) if os.path.isfile(f)]
 
@@ -720,35 +962,52 @@ def load_captioned(
     caption_column:str|None=None, # likewise
 ) -> Captioned|StreamData:
     "A data set of captioned pictures. Raises `UnclipError` when there is nothing to read or nothing readable."
-    if str(source) == "shapes": return ShapesData(split, size)
+    if str(source) == "shapes":
+        return ShapesData(split, size)
     if str(source) == "emoji" and not Path("emoji").exists():
         return import_module("unclip_nb.emoji").EmojiData(split, size)      # a later notebook's
-    if split not in SPLITS: raise UnclipError(f"{source} has no split {split!r}: use train or valid")
-    try: path = Path(source).expanduser()
-    except RuntimeError: raise UnclipError(f"no folder or file {str(source)!r}: no such user") from None
+    if split not in SPLITS:
+        raise UnclipError(f"{source} has no split {split!r}: use train or valid")
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError:
+        raise UnclipError(f"no folder or file {str(source)!r}: no such user") from None
     folder, files = _source_files(path)
     skipped, known, own = (), {}, True
-    if folder and not files: rows, skipped = _folder_rows(path, split, caption_column)
+    if folder and not files:
+        rows, skipped = _folder_rows(path, split, caption_column)
     elif files:
         kind, mine, own = _shards_of(source, files, split)
         if kind == "tar":
             rows, skipped = _tar_rows(source, mine, image_column, caption_column)
-            if not own and split == "valid": skipped = ()               # told with the training split
-        else: rows = _standard(_parquet_rows(source, mine, streaming), image_column, caption_column)
-        if kind == "parquet" and streaming: known = {"digest": digest(f"{f.name}\t{f.stat().st_size}" for f in mine)}
+            if not own and split == "valid":
+                skipped = ()               # told with the training split
+        else:
+            rows = _standard(_parquet_rows(source, mine, streaming), image_column, caption_column)
+        if kind == "parquet" and streaming:
+            known = {"digest": digest(f"{f.name}\t{f.stat().st_size}" for f in mine)}
     elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
         rows, own = _hub_rows(str(source), split, streaming)
         rows = _standard(rows, image_column, caption_column)
-    else: raise UnclipError(f"no folder or file {str(source)!r}: check the path (a data set on the hub is written owner/name)")
+    else:
+        raise UnclipError(
+            f"no folder or file {str(source)!r}: check the path (a data set on the hub is written owner/name)"
+        )
     indexed = hasattr(rows, "__len__")
-    if not own and indexed: rows = rows.select(hold_out([str(i) for i in range(len(rows))], split))
-    elif not own: rows = rows.filter(lambda _, i: (i % 20 == 0) == (split == "valid"), with_indices=True)
+    if not own and indexed:
+        rows = rows.select(hold_out([str(i) for i in range(len(rows))], split))
+    elif not own:
+        rows = rows.filter(lambda _, i: (i % 20 == 0) == (split == "valid"), with_indices=True)
     name = path.name if split == "train" else f"{path.name} ({split})"
     root = path if folder else None
-    known = {"source": path.resolve().name if folder or files else str(source), "split": split, **known}
-    if not streaming: return PictureData(rows, size, name, skipped, known=known, root=root)
+    known = {
+        "source": path.resolve().name if folder or files else str(source), "split": split, **known
+    }
+    if not streaming:
+        return PictureData(rows, size, name, skipped, known=known, root=root)
     if indexed:
-        lines = (f"{fact}\t{text}" for fact, text in zip(picture_facts(rows, root), rows["caption"]))
+        lines = (f"{fact}\t{text}"
+                 for fact, text in zip(picture_facts(rows, root), rows["caption"]))
         known |= {"count": len(rows), "digest": digest(lines)}
         rows = rows.to_iterable_dataset()
     return StreamData(rows, size, name, known=known, skipped=skipped)
@@ -773,7 +1032,8 @@ class Batches:
         "The permutation of all rows in `epoch`; the rows of a group stay together."
         if self._order[0] != epoch:
             g = getattr(self.data, "group", 1)                   # rows that stay together
-            groups = torch.randperm(len(self.data) // g, generator=generator("order", self.seed, epoch))
+            groups = torch.randperm(len(self.data) // g,
+                                    generator=generator("order", self.seed, epoch))
             self._order = (epoch, (groups[:, None] * g + torch.arange(g)).flatten())
         return self._order[1]
 
@@ -790,8 +1050,10 @@ class Batches:
     def at(self, step:int, rank:int=0, world:int=1) -> dict:
         "The share of process `rank` of `world` in batch `step`. Streams are read forward: an earlier step starts them over."
         mine = slice(rank * self.batch_size, (rank + 1) * self.batch_size)
-        batch = self.data.batch(self.rows(step, world)[mine]) if hasattr(self.data, "__len__") else self._streamed(step, world, mine)
-        if self.tokenizer is not None and "tokens" not in batch: batch["tokens"] = self.tokenizer.encode(batch["caption"])
+        batch = self.data.batch(self.rows(step, world)[mine]) if hasattr(
+            self.data, "__len__") else self._streamed(step, world, mine)
+        if self.tokenizer is not None and "tokens" not in batch:
+            batch["tokens"] = self.tokenizer.encode(batch["caption"])
         return self.prepare(batch) if self.prepare else batch
 
 # %% ../nbs/02_data.ipynb #4d25bfed
@@ -799,18 +1061,27 @@ class Batches:
 def _without_twins(self:Batches, rows, place):
     "The rows with each repeated caption swapped for one that is not in the batch."
     n, seen, out = len(self.data), set(), []
-    for i, text in zip(rows, self.data.texts(rows)): out.append(None if text in seen else i); seen.add(text)
+    for i, text in zip(rows, self.data.texts(rows)):
+        out.append(None if text in seen else i)
+        seen.add(text)
     spare = (self.row(place + n // 2 + k) for k in range(n))
     for k in [k for k, i in enumerate(out) if i is None]:
-        out[k] = next((i for i in spare if (t := self.data.texts([i])[0]) not in seen and not seen.add(t)), None)
-        if out[k] is None: raise UnclipError(f"only {len(seen)} different captions for a batch of {len(rows)}: use a smaller batch size")
+        out[k] = next(
+            (i for i in spare if (t := self.data.texts([i])[0]) not in seen and not seen.add(t)),
+            None)
+        if out[k] is None:
+            raise UnclipError(
+                f"only {len(seen)} different captions for a batch of {len(rows)}: use a smaller batch size"
+            )
     return out
 
 @patch
 def _streamed(self:Batches, step, world, mine):
     "The same for a stream, which is read forward; nothing is decoded on the way to `step`."
-    if self._stream is None or step < self._step: self._stream, self._step = self._groups(self.batch_size * world), -1
-    while self._step < step: self._group, self._step = next(self._stream), self._step + 1
+    if self._stream is None or step < self._step:
+        self._stream, self._step = self._groups(self.batch_size * world), -1
+    while self._step < step:
+        self._group, self._step = next(self._stream), self._step + 1
     return self.data.decode(self._group[mine], self._group)
 
 @patch
@@ -820,10 +1091,17 @@ def _groups(self:Batches, size):
     for row in self.data.rows(self.seed):
         if self.distinct and row["caption"] in seen:
             twins += 1
-            if twins > 100 * size: raise UnclipError(f"only {len(seen)} different captions for a batch of {size}: use a smaller batch size")
+            if twins > 100 * size:
+                raise UnclipError(
+                    f"only {len(seen)} different captions for a batch of {size}: use a smaller batch size"
+                )
             continue
-        group.append(row); seen.add(row["caption"]); twins = 0
-        if len(group) == size: yield group; group, seen = [], set()
+        group.append(row)
+        seen.add(row["caption"])
+        twins = 0
+        if len(group) == size:
+            yield group
+            group, seen = [], set()
 
 # %% ../nbs/02_data.ipynb #cafe7a02
 @patch
@@ -846,8 +1124,9 @@ def say_cut(
     lengths = tokenizer.lengths(captions)
     cut = sum(n > tokenizer.context_length for n in lengths)
     if cut:
-        log.warning("%s: %.0f %% of %d captions are cut at %d tokens: train a CLIP with --clip.model.context-length %d to keep them whole",
-                    name, 100 * cut / len(lengths), len(lengths), tokenizer.context_length, max(lengths))
+        log.warning(
+            "%s: %.0f %% of %d captions are cut at %d tokens: train a CLIP with --clip.model.context-length %d to keep them whole",
+            name, 100 * cut / len(lengths), len(lengths), tokenizer.context_length, max(lengths))
     return cut / max(1, len(lengths))
 
 # %% ../nbs/02_data.ipynb #05651fa1
@@ -857,9 +1136,13 @@ def is_embedded(
     "Whether `embed` wrote this folder, finished or not. A folder of pictures may hold a meta.json of its own."
     folder = Path(os.path.expanduser(folder))
     for name in ("begun.json", "meta.json"):
-        try: found = json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else None
-        except (OSError, ValueError, RecursionError): found = None
-        if isinstance(found, dict) and "clip_fingerprint" in found: return True
+        try:
+            found = json.loads(
+                (folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else None
+        except (OSError, ValueError, RecursionError):
+            found = None
+        if isinstance(found, dict) and "clip_fingerprint" in found:
+            return True
     return os.path.isdir(folder) and any(folder.glob("shard_*.safetensors"))
 
 class EmbeddedData(Captioned):
@@ -869,40 +1152,63 @@ class EmbeddedData(Captioned):
         fingerprint:str|None=None,  # of the CLIP in use; embeddings of another one raise `UnclipError`
     ):
         folder = Path(os.path.expanduser(folder))
-        if not (folder / "meta.json").is_file(): raise UnclipError(f"no finished embeddings in {folder}: run unclip embed (again) with --out {folder}")
-        try: self.meta = json.loads((folder / "meta.json").read_text())
-        except ValueError: self.meta = None
-        if not isinstance(self.meta, dict): raise UnclipError(f"{folder / 'meta.json'} is broken: embed the data again")
-        made_by = self.meta.get("clip_fingerprint")
-        if fingerprint and made_by != fingerprint: raise UnclipError(f"{folder} was embedded with CLIP {made_by}, not {fingerprint}: embed the data again")
+        if not (folder / "meta.json").is_file():
+            raise UnclipError(
+                f"no finished embeddings in {folder}: run unclip embed (again) with --out {folder}")
         try:
-            with open(folder / "captions.jsonl", encoding="utf-8") as f: self._texts = [json.loads(line)["caption"] for line in f]
+            self.meta = json.loads((folder / "meta.json").read_text())
+        except ValueError:
+            self.meta = None
+        if not isinstance(self.meta, dict):
+            raise UnclipError(f"{folder / 'meta.json'} is broken: embed the data again")
+        made_by = self.meta.get("clip_fingerprint")
+        if fingerprint and made_by != fingerprint:
+            raise UnclipError(
+                f"{folder} was embedded with CLIP {made_by}, not {fingerprint}: embed the data again"
+            )
+        try:
+            with open(folder / "captions.jsonl", encoding="utf-8") as f:
+                self._texts = [json.loads(line)["caption"] for line in f]
         except (OSError, ValueError, KeyError, TypeError):
-            raise UnclipError(f"{folder / 'captions.jsonl'} is missing or broken: embed the data again") from None
+            raise UnclipError(
+                f"{folder / 'captions.jsonl'} is missing or broken: embed the data again") from None
         self.shards = [self._open(f) for f in sorted(folder.glob("shard_*.safetensors"))]
         self.starts = [0, *accumulate(len(s["zi"]) for s in self.shards)]
-        if self.starts[-1] != len(self._texts): raise UnclipError(f"{folder} has {self.starts[-1]} embeddings for {len(self._texts)} captions: embed the data again")
+        if self.starts[-1] != len(self._texts):
+            raise UnclipError(
+                f"{folder} has {self.starts[-1]} embeddings for {len(self._texts)} captions: embed the data again"
+            )
         if self.meta.get("captions", digest(self._texts)) != digest(self._texts):
-            raise UnclipError(f"{folder / 'captions.jsonl'} holds other captions than were embedded: embed the data again")
+            raise UnclipError(
+                f"{folder / 'captions.jsonl'} holds other captions than were embedded: embed the data again"
+            )
         if len({tuple((k, x.shape[1:]) for k, x in sorted(s.items())) for s in self.shards}) > 1:
-            raise UnclipError(f"the shards in {folder} are unlike each other: delete them and embed again")
+            raise UnclipError(
+                f"the shards in {folder} are unlike each other: delete them and embed again")
 
     @staticmethod
     def _open(file):
         try:
-            with safe_open(file, "pt") as f: return {k: f.get_tensor(k) for k in f.keys()}      # mapped from disk, read when indexed
-        except Exception as e: raise UnclipError(f"{file} is broken ({type(e).__name__}): delete it and embed again") from None
+            with safe_open(file, "pt") as f:
+                return {k: f.get_tensor(k) for k in f.keys()}      # mapped from disk, read when indexed
+        except Exception as e:
+            raise UnclipError(
+                f"{file} is broken ({type(e).__name__}): delete it and embed again") from None
 
     def __len__(self) -> int: return len(self._texts)
     def identity(self) -> dict:
         "The CLIP, the number of rows, a digest of the captions, and the identity of the data that was embedded."
-        return {"source": "embeddings", "clip": self.meta.get("clip_fingerprint"), "count": len(self),
-                "digest": digest(self._texts), "data": self.meta.get("data")}
+        return {
+            "source": "embeddings", "clip": self.meta.get("clip_fingerprint"), "count": len(self),
+            "digest": digest(self._texts), "data": self.meta.get("data")
+        }
 
     def texts(self, indices:Sequence[int]) -> list[str]: return [self._texts[i] for i in indices]
 
     def batch(self, indices:Sequence[int]) -> dict:
         "The rows at `indices`: `zi`, `zt` (b, d) and `text` (b, n, w) in float32, `tokens` (b, n), `caption`."
-        where = [(s := bisect_right(self.starts, int(i)) - 1, int(i) - self.starts[s]) for i in indices]
+        where = [(s := bisect_right(self.starts, int(i)) - 1, int(i) - self.starts[s])
+                 for i in indices]
         out = {k: torch.stack([self.shards[s][k][i] for s, i in where]) for k in self.shards[0]}
-        return {k: x.float() if x.is_floating_point() else x.long() for k, x in out.items()} | {"caption": self.texts([int(i) for i in indices])}
+        return {k: x.float() if x.is_floating_point() else x.long()
+                for k, x in out.items()} | {"caption": self.texts([int(i) for i in indices])}

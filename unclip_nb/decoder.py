@@ -14,8 +14,20 @@ from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from .core import Generators, UnclipError, choice, number, randn, resize
-from .diffusion import (Prediction, Schedule, Steps, ddim_sample, ddpm_sample, dpm_sample, guided, hybrid_loss, predict, q_sample,
-    simple_loss, split_variance)
+from unclip_nb.diffusion import (
+    Prediction,
+    Schedule,
+    Steps,
+    ddim_sample,
+    ddpm_sample,
+    dpm_sample,
+    guided,
+    hybrid_loss,
+    predict,
+    q_sample,
+    simple_loss,
+    split_variance,
+)
 from .diffusion_prior import EmbeddingStats, first_embeddings
 from .layers import TimeEmbedding, Transformer
 from .train import Stage, check_config
@@ -56,21 +68,79 @@ class DecoderConfig:
 
     def __post_init__(self):
         may_be_0, share = dict(low=0), dict(high=1)
-        check_config(self, channel_mult=dict(size=range(1, 10)), res_blocks=dict(high=100), attention=dict(size=range(10)),
-                     dropout=share, text_layers=dict(high=1000), emb_dim=may_be_0, zi_hidden=may_be_0,
-                     drop_zi=share, drop_text=share, target=("eps", "x0", "v"),
-                     weighting=("none", "min_snr", "sqrt_snr"), schedule=("cosine", "linear"))
+        check_config(self,
+                     channel_mult=dict(size=range(1, 10)),
+                     res_blocks=dict(high=100),
+                     attention=dict(size=range(10)),
+                     dropout=share,
+                     text_layers=dict(high=1000),
+                     emb_dim=may_be_0,
+                     zi_hidden=may_be_0,
+                     drop_zi=share,
+                     drop_text=share,
+                     target=("eps", "x0", "v"),
+                     weighting=("none", "min_snr", "sqrt_snr"),
+                     schedule=("cosine", "linear"))
 
     @classmethod
-    def nano(cls): return cls(image_size=16, channels=48, channel_mult=(1, 2), attention=(4,), patch=2, text_width=64, text_layers=2, clip_dim=64, target="x0")
+    def nano(cls):
+        return cls(image_size=16,
+                   channels=48,
+                   channel_mult=(1, 2),
+                   attention=(4, ),
+                   patch=2,
+                   text_width=64,
+                   text_layers=2,
+                   clip_dim=64,
+                   target="x0")
     @classmethod
-    def tiny(cls): return cls(image_size=32, channels=48, channel_mult=(1, 2), attention=(8,), patch=2, emb_dim=384, zi_hidden=384, target="x0", weighting="sqrt_snr", learned_variance=True, vlb_weight=1e-5)
+    def tiny(cls):
+        return cls(image_size=32,
+                   channels=48,
+                   channel_mult=(1, 2),
+                   attention=(8, ),
+                   patch=2,
+                   emb_dim=384,
+                   zi_hidden=384,
+                   target="x0",
+                   weighting="sqrt_snr",
+                   learned_variance=True,
+                   vlb_weight=1e-5)
     @classmethod
-    def small(cls): return cls(image_size=64, channels=192, channel_mult=(1, 2, 3, 4), res_blocks=3, attention=(32, 16, 8), head_channels=64, dropout=0.1,
-        text_width=512, text_layers=8, text_heads=8, context_length=77, vocab_size=49408, clip_dim=768, target="v", learned_variance=True)
+    def small(cls):
+        return cls(image_size=64,
+                   channels=192,
+                   channel_mult=(1, 2, 3, 4),
+                   res_blocks=3,
+                   attention=(32, 16, 8),
+                   head_channels=64,
+                   dropout=0.1,
+                   text_width=512,
+                   text_layers=8,
+                   text_heads=8,
+                   context_length=77,
+                   vocab_size=49408,
+                   clip_dim=768,
+                   target="v",
+                   learned_variance=True)
     @classmethod
-    def paper(cls): return cls(image_size=64, channels=512, channel_mult=(1, 2, 3, 4), res_blocks=3, attention=(32, 16, 8), head_channels=64, dropout=0.1,
-        text_width=2048, text_layers=24, text_heads=32, context_length=256, vocab_size=49408, clip_dim=1024, whiten=False, target="eps", learned_variance=True)
+    def paper(cls):
+        return cls(image_size=64,
+                   channels=512,
+                   channel_mult=(1, 2, 3, 4),
+                   res_blocks=3,
+                   attention=(32, 16, 8),
+                   head_channels=64,
+                   dropout=0.1,
+                   text_width=2048,
+                   text_layers=24,
+                   text_heads=32,
+                   context_length=256,
+                   vocab_size=49408,
+                   clip_dim=1024,
+                   whiten=False,
+                   target="eps",
+                   learned_variance=True)
 
 # %% ../nbs/11_decoder.ipynb #c41ad003
 @patch(as_prop=True)
@@ -87,7 +157,8 @@ def zi_of(self:DecoderConfig) -> str:
 def edit_steps(self:DecoderConfig, steps:Steps) -> Steps:
     """The timesteps of an inversion in `steps` steps. A network that predicts the noise knows little at T-1, where
     x0 = (x - noise eps) / signal multiplies its error by 20,000: its steps end at 0.98 T, where the factor is 32."""
-    return f"{steps}of{self.T * 49 // 50}" if self.target == "eps" and isinstance(steps, int) else steps
+    return f"{steps}of{self.T * 49 // 50}" if self.target == "eps" and isinstance(steps,
+                                                                                  int) else steps
 
 # %% ../nbs/11_decoder.ipynb #803d7a19
 class TextEncoder(nn.Module):
@@ -113,26 +184,45 @@ class Decoder(Stage):
         super().__init__()
         c = self.config = config
         self.schedule = Schedule(c.schedule, c.T)
-        self.unet = UNet(UNetConfig(image_size=c.image_size, out_channels=6 if c.learned_variance else 3, channels=c.channels,
-            channel_mult=c.channel_mult, res_blocks=c.res_blocks, attention=c.attention, head_channels=c.head_channels,
-            context_width=c.text_width, dropout=c.dropout, patch=c.patch, checkpoint=c.checkpoint, emb_dim=c.emb_dim or None))
+        self.unet = UNet(
+            UNetConfig(image_size=c.image_size,
+                       out_channels=6 if c.learned_variance else 3,
+                       channels=c.channels,
+                       channel_mult=c.channel_mult,
+                       res_blocks=c.res_blocks,
+                       attention=c.attention,
+                       head_channels=c.head_channels,
+                       context_width=c.text_width,
+                       dropout=c.dropout,
+                       patch=c.patch,
+                       checkpoint=c.checkpoint,
+                       emb_dim=c.emb_dim or None))
         width, tokens = c.emb_dim or 4 * c.channels, c.clip_tokens * c.text_width
         self.time = TimeEmbedding(c.channels, width)
-        self.text = TextEncoder(c.vocab_size, c.context_length, c.text_width, c.text_layers, c.text_heads)
+        self.text = TextEncoder(c.vocab_size, c.context_length, c.text_width, c.text_layers,
+                                c.text_heads)
         self.text_to_time = nn.Linear(c.text_width, width)
         self.stats = EmbeddingStats(c.clip_dim)
         self.null_zi = nn.Parameter(torch.zeros(c.clip_dim))
-        self.zi_to_time = nn.Sequential(nn.Linear(c.clip_dim, width), nn.SiLU(), nn.Linear(width, width))
-        self.zi_to_tokens = nn.Sequential(nn.Linear(c.clip_dim, c.zi_hidden), nn.SiLU(), nn.Linear(c.zi_hidden, tokens)) if c.zi_hidden else nn.Linear(c.clip_dim, tokens)
+        self.zi_to_time = nn.Sequential(nn.Linear(c.clip_dim, width), nn.SiLU(),
+                                        nn.Linear(width, width))
+        self.zi_to_tokens = nn.Sequential(nn.Linear(
+            c.clip_dim, c.zi_hidden), nn.SiLU(), nn.Linear(
+                c.zi_hidden, tokens)) if c.zi_hidden else nn.Linear(c.clip_dim, tokens)
 
     def start(self, batches):
         "Before the first step: measure the embeddings of a few batches."
-        if self.config.whiten: self.stats.fit(first_embeddings(batches).to(self.null_zi.device))
+        if self.config.whiten:
+            self.stats.fit(first_embeddings(batches).to(self.null_zi.device))
 
-    def condition(self, zi:Float[Tensor, "b d"], tokens:Int[Tensor, "b n"], keep_zi:Tensor|None=None) -> tuple[Tensor, Tensor]:
+    def condition(self,
+                  zi: Float[Tensor, "b d"],
+                  tokens: Int[Tensor, "b n"],
+                  keep_zi: Tensor | None = None) -> tuple[Tensor, Tensor]:
         "What the U-Net hears beside the picture: a vector for the time embedding and a row of tokens (text, then z_i's four)."
         z = self.stats(zi).to(self.null_zi.dtype)                       # whitened in float32, then the network's precision
-        if keep_zi is not None: z = torch.where(keep_zi[:, None], z, self.null_zi)
+        if keep_zi is not None:
+            z = torch.where(keep_zi[:, None], z, self.null_zi)
         text = self.text(tokens)
         extra = rearrange(self.zi_to_tokens(z), "b (k w) -> b k w", k=self.config.clip_tokens)
         return self.zi_to_time(z) + self.text_to_time(text[:, -1]), torch.cat([text, extra], 1)
@@ -146,9 +236,11 @@ def network(self:Decoder, x_t, t, vector, context):
 @patch
 def prediction(self:Decoder, out, x_t, t) -> Prediction:
     "The raw answer as a `Prediction`, with its variance where that is learned."
-    if not self.config.learned_variance: return predict(self.schedule, self.config.target, out, x_t, t)
+    if not self.config.learned_variance:
+        return predict(self.schedule, self.config.target, out, x_t, t)
     answer, mix = split_variance(out)
-    return predict(self.schedule, self.config.target, answer, x_t, t)._replace(mix=mix.to(x_t.dtype))
+    return predict(self.schedule, self.config.target, answer, x_t,
+                   t)._replace(mix=mix.to(x_t.dtype))
 
 @patch
 def loss(self:Decoder, batch:dict, generator:torch.Generator) -> Tensor:
@@ -166,18 +258,27 @@ def loss(self:Decoder, batch:dict, generator:torch.Generator) -> Tensor:
 
 # %% ../nbs/11_decoder.ipynb #83541685
 @patch
-def denoiser(self:Decoder, zi:Float[Tensor, "b d"]|None, tokens:Int[Tensor, "b n"]|None=None, guidance:float=1.0):
+def denoiser(self: Decoder,
+             zi: Float[Tensor, "b d"] | None,
+             tokens: Int[Tensor, "b n"] | None = None,
+             guidance: float = 1.0):
     "A function (x_t, t) -> Prediction with z_i (None: hidden), caption (None: hidden) and guidance inside; conditions are encoded once."
     c, known = self.config, zi is not None
-    if not known: zi = self.null_zi.new_zeros(len(tokens), c.clip_dim)
+    if not known:
+        zi = self.null_zi.new_zeros(len(tokens), c.clip_dim)
     b = len(zi)
-    tokens = zi.new_zeros(b, c.context_length, dtype=torch.long) if tokens is None else tokens.to(zi.device)
+    tokens = zi.new_zeros(b, c.context_length, dtype=torch.long) if tokens is None else tokens.to(
+        zi.device)
     keep = torch.full((b,), known, device=zi.device)
-    if guidance != 1: zi, tokens, keep = torch.cat([zi, zi]), torch.cat([tokens, tokens * 0]), torch.cat([keep, keep & False])
+    if guidance != 1:
+        zi, tokens, keep = torch.cat([zi,
+                                      zi]), torch.cat([tokens,
+                                                       tokens * 0]), torch.cat([keep, keep & False])
     vector, context = self.condition(zi, tokens, keep)
     context = self.unet.encode_context(context)
     def denoise(x_t, t):
-        if guidance == 1: return self.prediction(self.network(x_t, t, vector, context), x_t, t)
+        if guidance == 1:
+            return self.prediction(self.network(x_t, t, vector, context), x_t, t)
         out = self.network(torch.cat([x_t, x_t]), torch.cat([t, t]), vector, context)
         cond, null = (self.prediction(o, x_t, t) for o in out.chunk(2))
         return guided(cond, null, guidance)
@@ -186,13 +287,33 @@ def denoiser(self:Decoder, zi:Float[Tensor, "b d"]|None, tokens:Int[Tensor, "b n
 # %% ../nbs/11_decoder.ipynb #4af29fb9
 @patch
 @torch.no_grad()
-def sample(self:Decoder, zi:Float[Tensor, "b d"]|None, tokens:Int[Tensor, "b n"]|None=None, guidance:float=2.0, steps:Steps=50,
-           generator:Generators=None, x_T:Tensor|None=None, eta:float=0.0, sampler:str="ddim", progress:bool=False) -> Float[Tensor, "b 3 s s"]:
+def sample(self: Decoder,
+           zi: Float[Tensor, "b d"] | None,
+           tokens: Int[Tensor, "b n"] | None = None,
+           guidance: float = 2.0,
+           steps: Steps = 50,
+           generator: Generators = None,
+           x_T: Tensor | None = None,
+           eta: float = 0.0,
+           sampler: str = "ddim",
+           progress: bool = False) -> Float[Tensor, "b 3 s s"]:
     "Draw pictures in [-1, 1] for z_i, captions, or both. `sampler`: ddim, ddpm (the paper's, with the learned variance) or dpm (DPM-Solver++, fewer steps). Raises `UnclipError` for others."
     choice("sampler for the decoder", sampler, ("ddim", "ddpm", "dpm"))
-    guidance, eta = number("guidance", guidance, low=-100, high=100), number("eta", eta, low=0, high=1)
-    if sampler != "ddim" and eta: raise UnclipError(f"eta is a setting of ddim: {'dpm is deterministic' if sampler == 'dpm' else 'ddpm has its own noise'}")
+    guidance, eta = number("guidance", guidance, low=-100, high=100), number("eta",
+                                                                             eta,
+                                                                             low=0,
+                                                                             high=1)
+    if sampler != "ddim" and eta:
+        raise UnclipError(
+            f"eta is a setting of ddim: {'dpm is deterministic' if sampler == 'dpm' else 'ddpm has its own noise'}"
+        )
     n, s = len(tokens if zi is None else zi), self.config.image_size
-    if x_T is None: x_T = randn((n, 3, s, s), generator, self.null_zi.device)
+    if x_T is None:
+        x_T = randn((n, 3, s, s), generator, self.null_zi.device)
     draw = {"ddim": partial(ddim_sample, eta=eta), "ddpm": ddpm_sample, "dpm": dpm_sample}[sampler]
-    return draw(self.denoiser(zi, tokens, guidance), x_T, self.schedule, steps, generator=generator, progress=progress).clamp(-1, 1)
+    return draw(self.denoiser(zi, tokens, guidance),
+                x_T,
+                self.schedule,
+                steps,
+                generator=generator,
+                progress=progress).clamp(-1, 1)

@@ -8,7 +8,8 @@ __all__ = ['WAYS', 'Step', 'OPERATIONS', 'gaussian_kernel', 'gaussian_blur', 'bl
            'draw_blur', 'draw_shrink', 'draw_noise', 'bsr_plan', 'bsr_apply', 'bsr_degrade']
 
 # %% ../nbs/12_degradations.ipynb #1ca9ccab
-import io, math
+import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 import torch
@@ -24,8 +25,10 @@ def gaussian_kernel(
     kernel:int=3,             # number of weights, odd
 ) -> Float[Tensor, "b kernel"]:
     "Rows of Gaussian weights around their middle, each adding up to 1. Raises `UnclipError` for an even kernel or a negative sigma."
-    if kernel < 1 or kernel % 2 == 0: raise UnclipError(f"a blur kernel has an odd size of at least 1, not {kernel}")
-    if bool((sigma < 0).any()): raise UnclipError(f"a blur's sigma is at least 0, not {sigma.min().item():g}")
+    if kernel < 1 or kernel % 2 == 0:
+        raise UnclipError(f"a blur kernel has an odd size of at least 1, not {kernel}")
+    if bool((sigma < 0).any()):
+        raise UnclipError(f"a blur's sigma is at least 0, not {sigma.min().item():g}")
     x = torch.arange(kernel, device=sigma.device, dtype=sigma.dtype) - kernel // 2
     return torch.softmax(-0.5 * (x / sigma.clamp(min=1e-3)[:, None]) ** 2, 1)      # eq. 1
 
@@ -39,10 +42,12 @@ def gaussian_blur(
     Raises `UnclipError` for a kernel or sigma that does not fit."""
     b, c, h, w = images.shape
     if kernel // 2 >= min(h, w):
-        raise UnclipError(f"a blur kernel of {kernel} is too large for pictures of {h} x {w}: use a smaller one")
+        raise UnclipError(
+            f"a blur kernel of {kernel} is too large for pictures of {h} x {w}: use a smaller one")
     sigma = torch.as_tensor(sigma, dtype=images.dtype, device=images.device)
     if sigma.ndim > 1 or sigma.numel() not in (1, b):
-        raise UnclipError(f"{tuple(sigma.shape)} sigma for {b} pictures: give one number, or one a picture")
+        raise UnclipError(
+            f"{tuple(sigma.shape)} sigma for {b} pictures: give one number, or one a picture")
     k = gaussian_kernel(sigma.expand(b), kernel).repeat_interleave(c, 0)            # one a channel of each picture
     x = F.pad(images.reshape(1, b * c, h, w), [kernel // 2] * 4, mode="reflect")
     x = F.conv2d(x, k[:, None, None, :], groups=b * c)
@@ -93,7 +98,8 @@ def convolve(
     kernels:Float[Tensor, "b size size"], # one for each picture, around its pixel size // 2
 ) -> Float[Tensor, "b c h w"]:
     "Each pixel as the weighted sum of its neighbours, by way of Fourier; borders are mirrored."
-    h, w = images.shape[-2:]; size = kernels.shape[-1]
+    h, w = images.shape[-2:]
+    size = kernels.shape[-1]
     x = mirror_pad(images, size // 2, size - 1 - size // 2)
     product = torch.fft.rfft2(x) * torch.fft.rfft2(kernels, s=x.shape[-2:])[:, None].conj()
     return torch.fft.irfft2(product, s=x.shape[-2:])[..., :h, :w]                          # eq. 3
@@ -105,8 +111,10 @@ def blur(
     angle:float|Float[Tensor, "b"]=0.,                # in radians
 ) -> Float[Tensor, "b c h w"]:
     "Blurred by a round or oval bell (BSRGAN section 3.1)."
-    like = dict(dtype=images.dtype, device=images.device); b = len(images)
-    sigma, angle = torch.as_tensor(sigma, **like).expand(b, 2), torch.as_tensor(angle, **like).expand(b)
+    like = dict(dtype=images.dtype, device=images.device)
+    b = len(images)
+    sigma, angle = torch.as_tensor(sigma, **like).expand(b, 2), torch.as_tensor(angle,
+                                                                                **like).expand(b)
     return convolve(images, oval_kernel(sigma, angle, size)).clamp(-1, 1)
 
 # %% ../nbs/12_degradations.ipynb #8825c145
@@ -129,9 +137,15 @@ def rescale(
     if how == "area":
         down, across = [area_weights(n, m).to(images) for n, m in zip(images.shape[-2:], size)]
         return (down @ images @ across.T).clamp(-1, 1)
-    if how not in (*WAYS, "antialiased"): raise UnclipError(f"no way of resizing called {how!r}: use {', '.join(WAYS)} or antialiased")
+    if how not in (*WAYS, "antialiased"):
+        raise UnclipError(
+            f"no way of resizing called {how!r}: use {', '.join(WAYS)} or antialiased")
     smooth = how == "antialiased"
-    return F.interpolate(images, size, mode="bicubic" if smooth else how, align_corners=False, antialias=smooth).clamp(-1, 1)
+    return F.interpolate(images,
+                         size,
+                         mode="bicubic" if smooth else how,
+                         align_corners=False,
+                         antialias=smooth).clamp(-1, 1)
 
 # %% ../nbs/12_degradations.ipynb #d14820ce
 def blur_and_pick(
@@ -140,7 +154,10 @@ def blur_and_pick(
     sigma:float, # of the round blur before, in pixels
 ) -> Float[Tensor, "b c H W"]:
     "The crudest shrinking: blurred towards the middle of each block, then only its first pixel is kept (BSRGAN section 3.2)."
-    k = oval_kernel(images.new_full((len(images), 2), sigma), images.new_zeros(len(images)), 25, shift=(factor - 1) / 2)
+    k = oval_kernel(images.new_full((len(images), 2), sigma),
+                    images.new_zeros(len(images)),
+                    25,
+                    shift=(factor - 1) / 2)
     return convolve(images, k)[..., ::factor, ::factor].clamp(-1, 1)
 
 # %% ../nbs/12_degradations.ipynb #a8e3e7b8
@@ -149,10 +166,16 @@ def noise_mix(
     generator:torch.Generator, # on the CPU; used by "correlated" only
 ) -> Float[Tensor, "3 3"]:
     "The matrix that mixes three independent normal numbers into noise of red, green and blue. Raises `UnclipError` for another kind."
-    if kind == "color": return torch.eye(3)
-    if kind == "gray": return torch.tensor([1., 0, 0]).expand(3, 3)
-    if kind != "correlated": raise UnclipError(f"no noise of kind {kind!r}: use color, gray or correlated")
-    d, (u, _, _) = torch.rand(3, generator=generator), torch.linalg.svd(torch.rand(3, 3, generator=generator))
+    if kind == "color":
+        return torch.eye(3)
+    if kind == "gray":
+        return torch.tensor([1., 0, 0]).expand(3, 3)
+    if kind != "correlated":
+        raise UnclipError(f"no noise of kind {kind!r}: use color, gray or correlated")
+    d, (u, _,
+        _) = torch.rand(3,
+                        generator=generator), torch.linalg.svd(torch.rand(3, 3,
+                                                                          generator=generator))
     return torch.linalg.cholesky((u.T * d @ u).abs() + 1e-6 * torch.eye(3))
 
 def add_noise(
@@ -162,8 +185,10 @@ def add_noise(
     generator:Generators,                 # one, or a list with one for each picture
 ) -> Float[Tensor, "b 3 h w"]:
     "Pictures with Gaussian noise, clipped to [-1, 1] (BSRGAN section 3.3)."
-    level = torch.as_tensor(level, dtype=images.dtype, device=images.device).expand(len(images)).view(-1, 1, 1, 1)
-    noise = torch.einsum("ij,bjhw->bihw", mix.to(images), randn(images.shape, generator, images.device).to(images))
+    level = torch.as_tensor(level, dtype=images.dtype,
+                            device=images.device).expand(len(images)).view(-1, 1, 1, 1)
+    noise = torch.einsum("ij,bjhw->bihw", mix.to(images),
+                         randn(images.shape, generator, images.device).to(images))
     return (images + level / 127.5 * noise).clamp(-1, 1)                                    # eq. 4
 
 # %% ../nbs/12_degradations.ipynb #e79ccca2
@@ -174,9 +199,12 @@ def jpeg(
     "Pictures written as JPEG files and read back. Raises `UnclipError` for another quality."
     qualities = [quality] * len(images) if isinstance(quality, int) else list(quality)
     if len(qualities) != len(images) or not all(1 <= q <= 100 for q in qualities):
-        raise UnclipError(f"JPEG qualities {quality} for {len(images)} pictures: give one from 1 to 100, or one a picture")
+        raise UnclipError(
+            f"JPEG qualities {quality} for {len(images)} pictures: give one from 1 to 100, or one a picture"
+        )
     def once(x, q):
-        file = io.BytesIO(); to_pil(x).save(file, "JPEG", quality=q)                          # rounds to 0..255
+        file = io.BytesIO()
+        to_pil(x).save(file, "JPEG", quality=q)                          # rounds to 0..255
         return to_tensor(Image.open(file))
     return torch.stack([once(x, q) for x, q in zip(images, qualities)]).to(images)
 
@@ -195,9 +223,17 @@ class BSR:
     @classmethod
     def named(cls, variant:str): # full or light
         "The full variant, or the light one of latent diffusion. Raises `UnclipError` for another name."
-        if variant == "full": return cls()
-        if variant != "light": raise UnclipError(f"no BSR variant {variant!r}: use full or light")
-        return cls(blurs=1, width=0.25, ovals=tuple(range(5, 15)), rounds=(5, 6, 7), resized=0.8, noise=(1, 2), quality=(80, 95))
+        if variant == "full":
+            return cls()
+        if variant != "light":
+            raise UnclipError(f"no BSR variant {variant!r}: use full or light")
+        return cls(blurs=1,
+                   width=0.25,
+                   ovals=tuple(range(5, 15)),
+                   rounds=(5, 6, 7),
+                   resized=0.8,
+                   noise=(1, 2),
+                   quality=(80, 95))
 
 # %% ../nbs/12_degradations.ipynb #4c2b5fcc
 class Dice:
@@ -232,13 +268,16 @@ def draw_blur(dice:Dice, v:BSR, factor:int) -> Step:
     "An oval blur or a round one, equally likely."
     if dice.chance(0.5):
         sigma = [math.sqrt(dice.between(0.1, v.width * (4 + factor))) for _ in range(2)]
-        return "blur", dict(size=dice.pick(v.ovals), sigma=tuple(sigma), angle=dice.between(0, math.pi))
+        return "blur", dict(size=dice.pick(v.ovals),
+                            sigma=tuple(sigma),
+                            angle=dice.between(0, math.pi))
     sigma = dice.between(0.1, v.width * (2 + 0.2 * factor))
     return "blur", dict(size=dice.pick(v.rounds), sigma=(sigma, sigma), angle=0.)
 
 def draw_shrink(dice:Dice, v:BSR, factor:int, size:tuple[int, int]) -> Step:
     "The first shrinking of pictures of that size: mostly a resize by 1 to twice the factor."
-    if not dice.chance(v.resized): return "pick", dict(factor=factor, sigma=dice.between(0.1, 0.6 * factor))
+    if not dice.chance(v.resized):
+        return "pick", dict(factor=factor, sigma=dice.between(0.1, 0.6 * factor))
     by = dice.between(1, 2 * factor)
     return "shrink", dict(size=tuple(max(1, int(n / by)) for n in size), how=dice.pick(WAYS))
 
@@ -260,25 +299,37 @@ def bsr_plan(
     dice, plan, final = Dice(generator), [], (size[0] // factor, size[1] // factor)
     if factor == 4 and dice.chance(0.25):
         factor, size = 2, (size[0] // 2, size[1] // 2)
-        plan.append(("halve", dict(size=size, how="antialiased" if dice.chance(0.5) else dice.pick(WAYS))))
+        plan.append(
+            ("halve", dict(size=size, how="antialiased" if dice.chance(0.5) else dice.pick(WAYS))))
     first, second = v.blurs, v.blurs + 1                                                  # places of the two shrinkings
-    steps = [draw_blur(dice, v, factor) for _ in range(v.blurs)] + [draw_shrink(dice, v, factor, size), ("fit", dict(size=final, how=dice.pick(WAYS)))]
-    steps += [draw_noise(dice, v)] + [("jpeg", dict(quality=dice.whole(*v.quality)))] * dice.chance(0.9)
-    order = dice.shuffled(len(steps)); i, j = order.index(first), order.index(second)
-    if i > j: order[i], order[j] = second, first                                          # fitting comes after shrinking
+    steps = [draw_blur(dice, v, factor) for _ in range(v.blurs)] + [
+        draw_shrink(dice, v, factor, size), ("fit", dict(size=final, how=dice.pick(WAYS)))
+    ]
+    steps += [draw_noise(dice, v)
+              ] + [("jpeg", dict(quality=dice.whole(*v.quality)))] * dice.chance(0.9)
+    order = dice.shuffled(len(steps))
+    i, j = order.index(first), order.index(second)
+    if i > j:
+        order[i], order[j] = second, first                                          # fitting comes after shrinking
     return plan + [steps[i] for i in order] + [("jpeg", dict(quality=dice.whole(*v.quality)))]
 
 # %% ../nbs/12_degradations.ipynb #3413f9a1
-OPERATIONS = dict(
-    halve=rescale, shrink=rescale, fit=rescale, pick=blur_and_pick, blur=blur, jpeg=jpeg,
-    noise=lambda x, level, kind, seed: add_noise(x, level, noise_mix(kind, g := torch.Generator().manual_seed(seed)), g))
+OPERATIONS = dict(halve=rescale,
+                  shrink=rescale,
+                  fit=rescale,
+                  pick=blur_and_pick,
+                  blur=blur,
+                  jpeg=jpeg,
+                  noise=lambda x, level, kind, seed: add_noise(
+                      x, level, noise_mix(kind, g := torch.Generator().manual_seed(seed)), g))
 
 def bsr_apply(
     images:Float[Tensor, "b 3 h w"], # in [-1, 1], float32, of the size that was planned for
     plan:list[Step],                 # from `bsr_plan`
 ) -> Float[Tensor, "b 3 H W"]:
     "The plan's operations one after the other, the same for all pictures."
-    for name, params in plan: images = OPERATIONS[name](images, **params)
+    for name, params in plan:
+        images = OPERATIONS[name](images, **params)
     return images
 
 def bsr_degrade(
@@ -291,12 +342,18 @@ def bsr_degrade(
     """Small pictures, each spoilt by a BSR plan of its own: the second upsampler's training corruption (paper section 2.1).
     Raises `UnclipError` for a size or variant that does not fit, `ValueError` for a list of the wrong length."""
     b, _, h, w = images.shape
-    if h % factor or w % factor: raise UnclipError(f"pictures of {h} x {w} cannot be made {factor} times smaller: crop them to a multiple of {factor}")
+    if h % factor or w % factor:
+        raise UnclipError(
+            f"pictures of {h} x {w} cannot be made {factor} times smaller: crop them to a multiple of {factor}"
+        )
     rows = generator if isinstance(generator, (list, tuple)) else [generator] * b
-    if len(rows) != b: raise ValueError(f"{len(rows)} generators for {b} rows: give one per row")
+    if len(rows) != b:
+        raise ValueError(f"{len(rows)} generators for {b} rows: give one per row")
     def one(x, seed):
         g = torch.Generator().manual_seed(seed)
         clean = torch.rand((), generator=g).item() >= p
-        return bsr_apply(x, [("fit", dict(size=(h // factor, w // factor)))] if clean else bsr_plan((h, w), g, factor, variant))
+        return bsr_apply(x, [("fit", dict(size=(h // factor, w // factor)))] if clean else bsr_plan(
+            (h, w), g, factor, variant))
     seeds = [torch.randint(2 ** 62, (), generator=g).item() for g in rows]
-    return torch.cat([one(x, s) for x, s in zip(images.detach().float().cpu().split(1), seeds)]).to(images)
+    return torch.cat([one(x, s)
+                      for x, s in zip(images.detach().float().cpu().split(1), seeds)]).to(images)

@@ -38,7 +38,8 @@ class Schedule:
     ):
         makers = {"cosine": cosine_betas, "linear": linear_betas}
         choice("noise schedule", kind, makers)
-        if isinstance(T, int) and T < 1: raise UnclipError(f"a noise schedule needs at least one step, not T={T}")
+        if isinstance(T, int) and T < 1:
+            raise UnclipError(f"a noise schedule needs at least one step, not T={T}")
         T = number("T", T, low=1, high=1_000_000, whole=True)
         self.kind, self.T, self._cast = kind, T, {}
         self.betas = makers[kind](T)
@@ -49,7 +50,8 @@ class Schedule:
     def gather(self, name:str, t:Int[Tensor, "b"], like:Tensor) -> Tensor:
         "The table `name` at steps `t`, shaped (b, 1, ...) to multiply `like`, in its dtype and on its device."
         key = name, like.dtype, like.device
-        if key not in self._cast: self._cast[key] = getattr(self, name).to(like.dtype).to(like.device)
+        if key not in self._cast:
+            self._cast[key] = getattr(self, name).to(like.dtype).to(like.device)
         return self._cast[key][t.to(like.device)].view(-1, *[1] * (like.ndim - 1))
 
     def __repr__(self): return f"Schedule({self.kind!r}, T={self.T})"
@@ -89,8 +91,10 @@ def target(
 ) -> Float[Tensor, "b ..."]:
     "What the network is asked for. Raises `UnclipError` for an unknown kind."
     _check_target(kind)
-    if kind == "eps": return noise
-    if kind == "x0": return x0
+    if kind == "eps":
+        return noise
+    if kind == "x0":
+        return x0
     return schedule.gather("signal", t, x0) * noise - schedule.gather("noise", t, x0) * x0   # eq. 4
 
 # %% ../nbs/08_diffusion.ipynb #dfb2391e
@@ -103,9 +107,12 @@ def predict(
 ) -> Prediction:
     "The network's answer as clean data and noise, whichever it was trained to give: the inverse of `target`."
     _check_target(kind)
-    out, a, s = out.to(x_t.dtype), schedule.gather("signal", t, x_t), schedule.gather("noise", t, x_t)
-    if kind == "eps": return Prediction((x_t - s * out) / a, out)                    # eq. 5
-    if kind == "x0": return Prediction(out, (x_t - a * out) / s)
+    out, a, s = out.to(x_t.dtype), schedule.gather("signal", t,
+                                                   x_t), schedule.gather("noise", t, x_t)
+    if kind == "eps":
+        return Prediction((x_t - s * out) / a, out)                    # eq. 5
+    if kind == "x0":
+        return Prediction(out, (x_t - a * out) / s)
     return Prediction(a * x_t - s * out, s * x_t + a * out)
 
 # %% ../nbs/08_diffusion.ipynb #ed682d56
@@ -117,8 +124,10 @@ def loss_weight(
 ) -> Float[Tensor, "b"]:
     "Weight of a row's squared error at step `t`, in float64. Whatever the target, the error of x0 counts min(SNR, 5) with Min-SNR-5, min(sqrt(SNR), 3) with `sqrt_snr`."
     _check_target(kind)
-    if weighting not in ("none", "min_snr", "sqrt_snr"): raise UnclipError(f"unknown loss weighting {weighting!r}: use none, min_snr or sqrt_snr")
-    if weighting == "none": return torch.ones(len(t), dtype=torch.float64)
+    if weighting not in ("none", "min_snr", "sqrt_snr"):
+        raise UnclipError(f"unknown loss weighting {weighting!r}: use none, min_snr or sqrt_snr")
+    if weighting == "none":
+        return torch.ones(len(t), dtype=torch.float64)
     snr = schedule.snr[t.cpu()]
     omega = snr.clamp(max=5) if weighting == "min_snr" else snr.sqrt().clamp(max=3)
     return omega / {"x0": 1, "eps": snr, "v": snr + 1}[kind]                         # eq. 7
@@ -135,7 +144,8 @@ def simple_loss(
 ) -> Float[Tensor, ""]:
     "Mean squared distance to the target, each row weighted by its step."
     error = (out.to(x0.dtype) - target(schedule, kind, x0, noise, t)).square().flatten(1).mean(1)
-    return (loss_weight(schedule, kind, t, weighting).to(error.dtype).to(error.device) * error).mean()   # eq. 6
+    return (loss_weight(schedule, kind, t, weighting).to(error.dtype).to(error.device) *
+            error).mean()  # eq. 6
 
 # %% ../nbs/08_diffusion.ipynb #59ba92e1
 def mixture_denoiser(
@@ -152,25 +162,33 @@ def mixture_denoiser(
         far = (x * x).sum(1, keepdim=True) - 2 * a * x @ c.T + a * a * (c * c).sum(1)         # |x - a c|^2, (b, n)
         w = torch.softmax(-far / (2 * var), 1)
         mean = w @ c                                                                           # eq. 8
-        p = predict(schedule, "x0", (mean + a * spread ** 2 / var * (x - a * mean)).view_as(x_t), x_t, t)
-        if not variance: return p
+        p = predict(schedule, "x0", (mean + a * spread**2 / var * (x - a * mean)).view_as(x_t), x_t,
+                    t)
+        if not variance:
+            return p
         ball = schedule.gather("noise", t, x) ** 2 / var                                       # 1 for points, less for soft balls
         apart = (w * torch.cdist(mean, c) ** 2).sum(1, keepdim=True) / c.shape[1]              # of the centres around their mean
-        return p._replace(cov=(spread ** 2 * ball + ball ** 2 * apart).view(-1, *[1] * (x_t.ndim - 1)))
+        return p._replace(cov=(spread**2 * ball + ball**2 * apart).view(-1, *[1] * (x_t.ndim - 1)))
     return denoise
 
 # %% ../nbs/08_diffusion.ipynb #98cbe607
 Steps = int|str|Sequence[int]   # how many steps a sampler takes: 50, or (10, 10, 3, 2, 2), "10,10,3,2,2", "ddim50", "snr20", "50of980"
 
 def _numbers(text:str) -> list[int]:
-    try: return [int(n) for n in text.split(",")]
-    except ValueError: raise UnclipError(f"cannot read diffusion steps {text[:60]!r}: use 50, 10,10,3,2,2, ddim50 or snr20") from None
+    try:
+        return [int(n) for n in text.split(",")]
+    except ValueError:
+        raise UnclipError(
+            f"cannot read diffusion steps {text[:60]!r}: use 50, 10,10,3,2,2, ddim50 or snr20"
+        ) from None
 
 def _stride(T:int, n:int) -> list[int]:
     "n timesteps from 0 up at a fixed whole distance."
     for stride in range(1, T + 1):
-        if len(range(0, T, stride)) == n: return list(range(0, T, stride))
-    raise UnclipError(f"cannot take {n} of {T} diffusion steps at one whole stride: use {n} without ddim")
+        if len(range(0, T, stride)) == n:
+            return list(range(0, T, stride))
+    raise UnclipError(
+        f"cannot take {n} of {T} diffusion steps at one whole stride: use {n} without ddim")
 
 def respace(
     T:int,       # steps of the schedule
@@ -178,20 +196,30 @@ def respace(
 ) -> list[int]:
     """The timesteps a sampler visits, noisiest first: evenly spread over 0 .. T-1, both ends included; a single step is T-1.
     "ddim50" takes every (T/50)th from 0 up; "50of980" spreads 50 over 0 .. 979 and leaves out the noisiest. Raises `UnclipError` where T has too few."""
-    if isinstance(steps, str) and steps.startswith("ddim"): return _stride(T, *_numbers(steps[4:])[:1])[::-1]
+    if isinstance(steps, str) and steps.startswith("ddim"):
+        return _stride(T, *_numbers(steps[4:])[:1])[::-1]
     if isinstance(steps, str) and "of" in steps:
         n, below = (_numbers(part)[0] for part in steps.split("of", 1))
-        if not 1 <= below <= T: raise UnclipError(f"cannot take steps below {below} of {T}: use {n}of{T} at most")
+        if not 1 <= below <= T:
+            raise UnclipError(f"cannot take steps below {below} of {T}: use {n}of{T} at most")
         return respace(below, n)
-    if isinstance(steps, str): counts = _numbers(steps)
-    elif isinstance(steps, (list, tuple, range)): counts = [number("steps in a section", n, whole=True) for n in steps]
-    else: counts = [number("steps", steps, whole=True)]
-    if not counts: raise UnclipError("no diffusion steps to take: give a number, or one for each section")
+    if isinstance(steps, str):
+        counts = _numbers(steps)
+    elif isinstance(steps, (list, tuple, range)):
+        counts = [number("steps in a section", n, whole=True) for n in steps]
+    else:
+        counts = [number("steps", steps, whole=True)]
+    if not counts:
+        raise UnclipError("no diffusion steps to take: give a number, or one for each section")
     (base, extra), start, kept = divmod(T, len(counts)), 0, []
     for i, n in enumerate(counts):
         size = base + (i < extra)
-        if not 1 <= n <= size: raise UnclipError(f"cannot take {n} of {size} diffusion steps: use a number from 1 to {size}")
-        kept += [start + (size - 1 if n == 1 else round(k * ((size - 1) / (n - 1)))) for k in range(n)]
+        if not 1 <= n <= size:
+            raise UnclipError(
+                f"cannot take {n} of {size} diffusion steps: use a number from 1 to {size}")
+        kept += [
+            start + (size - 1 if n == 1 else round(k * ((size - 1) / (n - 1)))) for k in range(n)
+        ]
         start += size
     return kept[::-1]
 
@@ -200,8 +228,10 @@ def check_steps(
     steps:Steps,
 ):
     "Raises `UnclipError` where no sampler could take these steps."
-    if isinstance(steps, str) and steps.startswith("snr"): number("steps", _numbers(steps[3:])[0], low=1, high=T, whole=True)
-    else: respace(T, steps)
+    if isinstance(steps, str) and steps.startswith("snr"):
+        number("steps", _numbers(steps[3:])[0], low=1, high=T, whole=True)
+    else:
+        respace(T, steps)
 
 # %% ../nbs/08_diffusion.ipynb #27f25181
 def _steps(schedule:Schedule, steps, progress) -> Iterator[tuple[int, float, float]]:
@@ -215,7 +245,8 @@ def _steps(schedule:Schedule, steps, progress) -> Iterator[tuple[int, float, flo
 def _ask(denoise:Denoise, x_t:Tensor, t:int, abar:float, clip:bool) -> Prediction:
     "The denoiser's answer at `t`; with `clip`, x0 is held in [-1, 1] and eps made to agree with it."
     p = denoise(x_t, torch.full((len(x_t),), t, dtype=torch.long, device=x_t.device))
-    if not clip: return p
+    if not clip:
+        return p
     x0 = p.x0.clamp(-1, 1)
     return p._replace(x0=x0, eps=(x_t - abar ** 0.5 * x0) / (1 - abar) ** 0.5)
 
@@ -224,8 +255,10 @@ def _step_variance(p:Prediction, abar:float, prev:float) -> float|Tensor:
     "Variance of the jump from abar to prev: as the prediction's `mix` or `cov` says, else the small one."
     beta = 1 - abar / prev
     small = (1 - prev) / (1 - abar) * beta
-    if p.mix is not None: return torch.exp(p.mix * math.log(beta) + (1 - p.mix) * math.log(small))    # eq. 11
-    if p.cov is not None: return small + prev * (beta / (1 - abar)) ** 2 * p.cov                      # eq. 10
+    if p.mix is not None:
+        return torch.exp(p.mix * math.log(beta) + (1 - p.mix) * math.log(small))    # eq. 11
+    if p.cov is not None:
+        return small + prev * (beta / (1 - abar)) ** 2 * p.cov                      # eq. 10
     return small
 
 # %% ../nbs/08_diffusion.ipynb #49322dff
@@ -246,7 +279,9 @@ def ddpm_sample(
         alpha = abar / prev                                                          # respaced: 1 - beta between kept steps
         p = _ask(denoise, x, t, abar, clip)
         x = (prev ** 0.5 * (1 - alpha) * p.x0 + alpha ** 0.5 * (1 - prev) * x) / (1 - abar)      # eq. 9
-        if prev < 1: x = x + _step_variance(p, abar, prev) ** 0.5 * randn(x.shape, generator, x.device).to(x.dtype)
+        if prev < 1:
+            x = x + _step_variance(p, abar, prev)**0.5 * randn(x.shape, generator, x.device).to(
+                x.dtype)
     return x
 
 # %% ../nbs/08_diffusion.ipynb #7c22c182
@@ -267,7 +302,8 @@ def ddim_sample(
         p = _ask(denoise, x, t, abar, clip)
         sigma = eta * ((1 - prev) / (1 - abar) * (1 - abar / prev)) ** 0.5           # eq. 12
         x = prev ** 0.5 * p.x0 + max(1 - prev - sigma ** 2, 0) ** 0.5 * p.eps
-        if sigma > 0: x = x + sigma * randn(x.shape, generator, x.device).to(x.dtype)
+        if sigma > 0:
+            x = x + sigma * randn(x.shape, generator, x.device).to(x.dtype)
     return x
 
 # %% ../nbs/08_diffusion.ipynb #563b5b35
@@ -279,7 +315,8 @@ def even_snr(
     """Timesteps spread evenly over the logarithm of the SNR, noisiest first: T-1, then from `start` to t = 0.
     Raises `UnclipError` where T has too few."""
     T, clock = schedule.T, schedule.snr.log() / 2
-    if not 1 <= steps <= T: raise UnclipError(f"cannot take {steps} of {T} diffusion steps: use a number from 1 to {T}")
+    if not 1 <= steps <= T:
+        raise UnclipError(f"cannot take {steps} of {T} diffusion steps: use a number from 1 to {T}")
     kept = []
     for k, goal in enumerate(torch.linspace(clock[0], max(clock[-1], start), steps - 1)):
         near = (clock - goal).abs().argmin().item()
@@ -299,7 +336,8 @@ def dpm_sample(
 ) -> Float[Tensor, "b ..."]:
     "DPM-Solver++(2M), algorithm 2 of that paper: like DDIM a function of x_T, but right to the second order."
     x, last = x_T, None
-    if not isinstance(steps, (str, list, tuple, range)): steps = f"snr{number('steps', steps, low=1, whole=True)}"
+    if not isinstance(steps, (str, list, tuple, range)):
+        steps = f"snr{number('steps', steps, low=1, whole=True)}"
     for t, abar, prev in _steps(schedule, steps, progress):
         guess = x0 = _ask(denoise, x, t, abar, clip).x0
         now = math.log(abar / (1 - abar)) / 2
@@ -316,7 +354,9 @@ def split_variance(
 ) -> tuple[Float[Tensor, "b c ..."], Float[Tensor, "b c ..."]]:
     """The network's answer and its `mix`, 0 for the small variance and 1 for the large, from an output with twice the channels
     (Improved DDPM, equation 15). Raises `UnclipError` for an odd number of channels."""
-    if out.shape[1] % 2: raise UnclipError(f"learned variance needs twice the channels, an even number, not {out.shape[1]}")
+    if out.shape[1] % 2:
+        raise UnclipError(
+            f"learned variance needs twice the channels, an even number, not {out.shape[1]}")
     answer, v = out.chunk(2, 1)
     return answer, (v + 1) / 2
 
@@ -326,7 +366,8 @@ def normal_kl(
     mean_p:Tensor, logvar_p:Tensor, # the one it is taken for
 ) -> Tensor:
     "KL(q || p) of Gaussians, in nats, number by number."
-    return 0.5 * (logvar_p - logvar_q + (logvar_q - logvar_p).exp() + (mean_q - mean_p) ** 2 * (-logvar_p).exp() - 1)   # eq. 15
+    return 0.5 * (logvar_p - logvar_q + (logvar_q - logvar_p).exp() + (mean_q - mean_p)**2 *
+                  (-logvar_p).exp() - 1)  # eq. 15
 
 # %% ../nbs/08_diffusion.ipynb #dcb5cfcf
 def pixel_log_prob(
@@ -339,7 +380,8 @@ def pixel_log_prob(
     half, scale = 1 / (levels - 1), (-0.5 * logvar).exp()
     low, high = (x - half - mean) * scale, (x + half - mean) * scale
     sign = torch.where(low + high > 0, -1., 1.)                                  # on the lower side of a bell small areas keep their digits
-    inside = (sign * (torch.special.ndtr(sign * high) - torch.special.ndtr(sign * low))).clamp(min=1e-12).log()
+    inside = (sign * (torch.special.ndtr(sign * high) - torch.special.ndtr(sign * low))).clamp(
+        min=1e-12).log()
     first, last = torch.special.log_ndtr(high), torch.special.log_ndtr(-low)
     return torch.where(x < -1 + half, first, torch.where(x > 1 - half, last, inside))
 
@@ -369,13 +411,17 @@ def vlb_terms(
     t:Int[Tensor, "b"],
 ) -> Float[Tensor, "b"]:
     "What step `t` costs, in bits per dimension: KL(q(x_t-1 | x_t, x_0) || p(x_t-1 | x_t)), or at t = 0 the pixels' -log2 p(x_0 | x_1)."
-    w, small, large = (schedule.gather(name, t, x0) for name in ("x0_weight", "log_small", "log_large"))
+    w, small, large = (schedule.gather(name, t, x0)
+                       for name in ("x0_weight", "log_small", "log_large"))
     logvar = small.expand_as(x0)
-    if p.mix is not None: logvar = p.mix * large + (1 - p.mix) * small                             # eq. 11
-    elif p.cov is not None: logvar = (small.exp() + w ** 2 * p.cov).log().expand_as(x0)            # eq. 10
+    if p.mix is not None:
+        logvar = p.mix * large + (1 - p.mix) * small                             # eq. 11
+    elif p.cov is not None:
+        logvar = (small.exp() + w ** 2 * p.cov).log().expand_as(x0)            # eq. 10
     end = (t == 0).view(-1, *[1] * (x0.ndim - 1)).to(x0.device)                                    # for those the pixels; the other rows put in what is harmless
     pixels = -pixel_log_prob(x0, torch.where(end, p.x0, x0), torch.where(end, logvar, 0.))
-    return torch.where(end, pixels, normal_kl(w * x0, small, w * p.x0, logvar)).flatten(1).mean(1) / math.log(2)
+    return torch.where(end, pixels, normal_kl(w * x0, small, w * p.x0,
+                                              logvar)).flatten(1).mean(1) / math.log(2)
 
 # %% ../nbs/08_diffusion.ipynb #95cbd2ad
 @torch.no_grad()
@@ -410,9 +456,11 @@ def hybrid_loss(
 ) -> Float[Tensor, ""]:
     "`simple_loss` for the answer, plus 0.001 T times the variational bound's term for its `mix` alone (Improved DDPM, equation 16)."
     answer, mix = split_variance(out)
-    p = predict(schedule, kind, answer.detach(), q_sample(schedule, x0, t, noise), t)._replace(mix=mix.to(x0.dtype))
+    p = predict(schedule, kind, answer.detach(), q_sample(schedule, x0, t, noise),
+                t)._replace(mix=mix.to(x0.dtype))
     bound = vlb_terms(schedule, p, x0, t).mean()
-    return simple_loss(schedule, kind, answer, x0, noise, t, weighting) + vlb_weight * schedule.T * bound         # eq. 16
+    return simple_loss(schedule, kind, answer, x0, noise, t,
+                       weighting) + vlb_weight * schedule.T * bound  # eq. 16
 
 # %% ../nbs/08_diffusion.ipynb #bddfbef8
 def guided(
@@ -421,4 +469,5 @@ def guided(
     scale:float|Tensor,  # 1: the condition as learned; above: more of it
 ) -> Prediction:
     "Classifier-free guidance: away from the unconditional answer, through the conditional one. Exactly `cond` at scale 1."
-    return cond._replace(x0=torch.lerp(null.x0, cond.x0, scale), eps=torch.lerp(null.eps, cond.eps, scale))   # eq. 17
+    return cond._replace(x0=torch.lerp(null.x0, cond.x0, scale),
+                         eps=torch.lerp(null.eps, cond.eps, scale))  # eq. 17

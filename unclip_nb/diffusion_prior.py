@@ -7,7 +7,8 @@ __all__ = ['SAMPLERS', 'PriorConfig', 'PriorNet', 'EmbeddingStats', 'first_embed
            'Prefix', 'keep_best', 'linear_prior', 'nearest_prior', 'score_draws', 'compare_priors']
 
 # %% ../nbs/09_diffusion_prior.ipynb #0d7551f1
-import logging, math
+import logging
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,26 @@ from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from .core import ExactBuffers, Generators, UnclipError, check_generators, choice, generator, number, randn
-from .diffusion import Denoise, Schedule, ddim_sample, ddpm_sample, guided, predict, q_sample, simple_loss
+from unclip_nb.core import (
+    ExactBuffers,
+    Generators,
+    UnclipError,
+    check_generators,
+    choice,
+    generator,
+    number,
+    randn,
+)
+from unclip_nb.diffusion import (
+    Denoise,
+    Schedule,
+    ddim_sample,
+    ddpm_sample,
+    guided,
+    predict,
+    q_sample,
+    simple_loss,
+)
 from .layers import KVCache, TimeEmbedding, Transformer
 from .train import Stage, check_config, read_tensors
 
@@ -42,18 +61,32 @@ class PriorConfig:
     clip_fingerprint:str=""    # of the CLIP it was trained with
 
     def __post_init__(self):
-        check_config(self, layers=dict(high=1000), schedule=("cosine", "linear"), scale=dict(above=0), drop=dict(high=1))
+        check_config(self,
+                     layers=dict(high=1000),
+                     schedule=("cosine", "linear"),
+                     scale=dict(above=0),
+                     drop=dict(high=1))
 
     @classmethod
-    def nano(cls, **kw): return cls(**dict(clip_dim=64, text_width=64, width=96, layers=3, heads=3) | kw)
+    def nano(cls, **kw):
+        return cls(**dict(clip_dim=64, text_width=64, width=96, layers=3, heads=3) | kw)
     @classmethod
     def tiny(cls, **kw): return cls(**dict(whiten=True) | kw)
     @classmethod
-    def small(cls, **kw): return cls(**dict(clip_dim=768, text_width=768, context_length=77, width=512, layers=12, heads=8) | kw)
+    def small(cls, **kw):
+        return cls(
+            **dict(clip_dim=768, text_width=768, context_length=77, width=512, layers=12, heads=8)
+            | kw)
     @classmethod
     def paper(cls, **kw):
         "Table 3's column 'diffusion prior'."
-        return cls(**dict(clip_dim=1024, text_width=1024, context_length=256, width=2048, layers=24, heads=32, scale=17.2) | kw)
+        return cls(**dict(clip_dim=1024,
+                          text_width=1024,
+                          context_length=256,
+                          width=2048,
+                          layers=24,
+                          heads=32,
+                          scale=17.2) | kw)
 
 # %% ../nbs/09_diffusion_prior.ipynb #c41ad002
 @patch(as_prop=True)
@@ -67,7 +100,8 @@ class PriorNet(nn.Module):
     def __init__(self, config:PriorConfig):
         super().__init__()
         c, learned = config, lambda *shape: nn.Parameter(torch.randn(shape) * 0.02)
-        self.text_in, self.zt_in, self.zi_in = (nn.Linear(n, c.width) for n in (c.text_width, c.clip_dim, c.clip_dim))
+        self.text_in, self.zt_in, self.zi_in = (nn.Linear(n, c.width)
+                                                for n in (c.text_width, c.clip_dim, c.clip_dim))
         self.time = TimeEmbedding(c.width, c.width)
         self.mask, self.query = c.mask, learned(c.width)
         self.padding, self.no_zt = (None, None) if c.mask else (learned(c.width), learned(c.width))
@@ -75,7 +109,8 @@ class PriorNet(nn.Module):
         self.transformer = Transformer(c.width, c.layers, c.heads)
         self.out = nn.Linear(c.width, c.clip_dim)
 
-    def prefix(self, text:Float[Tensor, "b n w"], zt:Float[Tensor, "b d"]) -> Float[Tensor, "b n+1 width"]:
+    def prefix(self, text: Float[Tensor, "b n w"],
+               zt: Float[Tensor, "b d"]) -> Float[Tensor, "b n+1 width"]:
         "The tokens that know nothing of the step. A row of zeros, in `text` or `zt`, becomes a learned vector."
         words, whole = self.text_in(text), self.zt_in(zt)
         if not self.mask:
@@ -89,9 +124,13 @@ class PriorNet(nn.Module):
 
     def suffix(self, zi_t:Float[Tensor, "b d"], t:Int[Tensor, "b"]) -> Float[Tensor, "b 3 width"]:
         "The three tokens that change at every step."
-        return torch.stack([self.time(t), self.zi_in(zi_t.to(self.query)), self.query.expand(len(zi_t), -1)], 1) + self.positions[-3:]
+        return torch.stack(
+            [self.time(t),
+             self.zi_in(zi_t.to(self.query)),
+             self.query.expand(len(zi_t), -1)], 1) + self.positions[-3:]
 
-    def forward(self, text:Float[Tensor, "b n w"], zt:Float[Tensor, "b d"], zi_t:Float[Tensor, "b d"], t:Int[Tensor, "b"]) -> Float[Tensor, "b d"]:
+    def forward(self, text: Float[Tensor, "b n w"], zt: Float[Tensor, "b d"],
+                zi_t: Float[Tensor, "b d"], t: Int[Tensor, "b"]) -> Float[Tensor, "b d"]:
         x = torch.cat([self.prefix(text, zt), self.suffix(zi_t, t)], 1)
         return self.out(self.transformer(x, keep=self.kept(text, 4))[:, -1])
 
@@ -113,20 +152,25 @@ class EmbeddingStats(ExactBuffers):
     @torch.no_grad()
     def fit(self, z:Float[Tensor, "n d"], floor:float=0.01):
         "Measure mean and covariance; directions with less than `floor` of the mean variance are not blown up further."
-        z = z.double(); mean = z.mean(0)
+        z = z.double()
+        mean = z.mean(0)
         if (z - mean).square().sum(1).mean() < 1e-6 * mean.square().sum():           # one distinct picture has no width
-            logging.getLogger("unclip_nb").warning("all %d embeddings are alike, as of one picture: scaled, not whitened", len(z))
+            logging.getLogger("unclip_nb").warning(
+                "all %d embeddings are alike, as of one picture: scaled, not whitened", len(z))
             return
         values, vectors = torch.linalg.eigh((z - mean).T @ (z - mean) / len(z))
         values = values.clamp(min=floor * values.mean().item())
-        self.mean.copy_(mean); self.matrix.copy_(vectors / values.sqrt() @ vectors.T)              # eq. 2
+        self.mean.copy_(mean)
+        self.matrix.copy_(vectors / values.sqrt() @ vectors.T)              # eq. 2
 
     def forward(self, z:Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
-        with _exact(z): return (z.to(self.mean) - self.mean) @ self.matrix
+        with _exact(z):
+            return (z.to(self.mean) - self.mean) @ self.matrix
 
     def inverse(self, x:Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
         "Back to an embedding; the norm is not put right."
-        with _exact(x): return torch.linalg.solve(self.matrix, x.to(self.matrix), left=False) + self.mean
+        with _exact(x):
+            return torch.linalg.solve(self.matrix, x.to(self.matrix), left=False) + self.mean
 
 def first_embeddings(
     batches,      # .at(step) -> dict with `zi`
@@ -149,7 +193,8 @@ class DiffusionPrior(Stage):
 
     def start(self, batches):
         "Before the first step: measure the embeddings of a few batches."
-        if self.config.whiten: self.stats.fit(first_embeddings(batches).to(self.device))
+        if self.config.whiten:
+            self.stats.fit(first_embeddings(batches).to(self.device))
 
 # %% ../nbs/09_diffusion_prior.ipynb #44d67cb4
 def hide_captions(
@@ -172,7 +217,8 @@ def loss(
     c, device = self.config, self.device
     text, zt, zi = (batch[k].to(device, torch.float32) for k in ("text", "zt", "zi"))
     self.check(text, zt)
-    text, zt = hide_captions(text, zt, (torch.rand(len(zi), generator=generator) < c.drop).to(device))
+    text, zt = hide_captions(text, zt, (torch.rand(len(zi), generator=generator)
+                                        < c.drop).to(device))
     t = torch.randint(0, c.T, (len(zi),), generator=generator).to(device)
     x0, noise = self.stats(zi), randn(zi.shape, generator, device)
     out = self.net(text, zt * self.scale, q_sample(self.schedule, x0, t, noise), t)
@@ -181,9 +227,12 @@ def loss(
 @patch
 def check(self:DiffusionPrior, text:Float[Tensor, "b n w"], zt:Float[Tensor, "b d"]):
     "Raise `UnclipError` where embeddings don't have this prior's sizes."
-    have, want = (*text.shape[1:], zt.shape[1]), (self.config.context_length, self.config.text_width, self.config.clip_dim)
-    if have != want: raise UnclipError(f"this prior reads {want[0]} tokens of width {want[1]} and embeddings of {want[2]}, "
-                                       f"not {have[0]} of {have[1]} and {have[2]}: use the CLIP it was trained with")
+    have, want = (*text.shape[1:], zt.shape[1]), (self.config.context_length,
+                                                  self.config.text_width, self.config.clip_dim)
+    if have != want:
+        raise UnclipError(
+            f"this prior reads {want[0]} tokens of width {want[1]} and embeddings of {want[2]}, "
+            f"not {have[0]} of {have[1]} and {have[2]}: use the CLIP it was trained with")
 
 # %% ../nbs/09_diffusion_prior.ipynb #72a2d750
 class Prefix(KVCache):
@@ -199,13 +248,16 @@ class Prefix(KVCache):
 
     def join(self, k:Tensor, v:Tensor, append:bool=False) -> tuple[Tensor, Tensor]:
         "The caption's keys and values followed by the new ones."
-        if torch.is_grad_enabled(): return torch.cat([self.k[:, :, :self.n], k], 2), torch.cat([self.v[:, :, :self.n], v], 2)
+        if torch.is_grad_enabled():
+            return torch.cat([self.k[:, :, :self.n], k], 2), torch.cat([self.v[:, :, :self.n], v],
+                                                                       2)
         self.k[:, :, self.n:], self.v[:, :, self.n:] = k, v
         return self.k, self.v
 
 # %% ../nbs/09_diffusion_prior.ipynb #17a50359
 @patch
-def no_caption(self:DiffusionPrior, text:Float[Tensor, "b n w"], zt:Float[Tensor, "b d"]) -> tuple[Tensor, Tensor]:
+def no_caption(self: DiffusionPrior, text: Float[Tensor, "b n w"],
+               zt: Float[Tensor, "b d"]) -> tuple[Tensor, Tensor]:
     "What guidance leads away from, one row: no caption and no z_t."
     return torch.zeros_like(text[:1]), torch.zeros_like(zt[:1])
 
@@ -220,7 +272,8 @@ def denoiser(
 ):
     "A function (x_t, t) -> Prediction of scaled embeddings, with caption, guidance and cache inside. Raises `UnclipError` for other sizes."
     self.check(text, zt)
-    net, b, rows = self.net, len(zt), torch.arange(len(zt), device=zt.device).repeat_interleave(draws)
+    net, b, rows = self.net, len(zt), torch.arange(len(zt),
+                                                   device=zt.device).repeat_interleave(draws)
     if guidance != 1:                                                # one empty caption serves every row
         no_text, no_zt = self.no_caption(text, zt)
         text, zt = torch.cat([text, no_text]), torch.cat([zt, no_zt])
@@ -232,11 +285,14 @@ def denoiser(
         caches = [Prefix(c, rows, 3) for c in caches]
     def network(zi_t, t):
         x = net.suffix(zi_t, t)
-        if cache: x = net.transformer(x, caches, append=False, keep=keep)
-        else: x = net.transformer(torch.cat([prefix[rows], x], 1), keep=keep)
+        if cache:
+            x = net.transformer(x, caches, append=False, keep=keep)
+        else:
+            x = net.transformer(torch.cat([prefix[rows], x], 1), keep=keep)
         return net.out(x[:, -1])
     def denoise(zi_t, t):
-        if guidance == 1: return predict(self.schedule, "x0", network(zi_t, t), zi_t, t)
+        if guidance == 1:
+            return predict(self.schedule, "x0", network(zi_t, t), zi_t, t)
         out = network(zi_t.repeat(2, 1), t.repeat(2)).chunk(2)       # both branches see the same noised embedding
         return guided(*(predict(self.schedule, "x0", o, zi_t, t) for o in out), guidance)
     return denoise
@@ -264,11 +320,13 @@ def measure_variance(
     ts = torch.linspace(0, self.config.T - 1, points).round().long().unique()
     error, size = torch.zeros(len(ts), dtype=torch.float64), 0.
     for i in range(first, first + n):
-        text, zt, zi = (batch[k].to(self.device, torch.float32) for batch in [batches.at(i)] for k in ("text", "zt", "zi"))
+        text, zt, zi = (batch[k].to(self.device, torch.float32) for batch in [batches.at(i)]
+                        for k in ("text", "zt", "zi"))
         denoise, x0, g = self.denoiser(text, zt), self.stats(zi), generator("variance", i)
         for j, t in enumerate(ts):
             t = t.expand(len(x0)).to(x0.device)
-            error[j] += (denoise(q_sample(self.schedule, x0, t, randn(x0.shape, g, x0.device)), t).x0 - x0).square().mean().item() / n
+            error[j] += (denoise(q_sample(self.schedule, x0, t, randn(x0.shape, g, x0.device)),
+                                 t).x0 - x0).square().mean().item() / n
         size += x0.square().mean().item() / n
     noise = -self.schedule.snr.log()                                      # grows with t
     cov = torch.from_numpy(np.interp(noise, noise[ts], error.clamp(min=1e-12).log())).exp()      # eq. 4
@@ -283,7 +341,8 @@ def finish(self:DiffusionPrior, batches, step:int):
 @patch
 def save_files(self:DiffusionPrior, folder:Path):
     "Beside the weights: variance.safetensors, empty where nothing was measured."
-    save_file({} if self.cov is None else {"cov": self.cov.cpu()}, Path(folder)/"variance.safetensors")
+    save_file({} if self.cov is None else {"cov": self.cov.cpu()},
+              Path(folder) / "variance.safetensors")
 
 @patch
 def load_files(self:DiffusionPrior, folder:Path):
@@ -291,7 +350,9 @@ def load_files(self:DiffusionPrior, folder:Path):
     file = Path(folder)/"variance.safetensors"
     cov = read_tensors(file).get("cov") if file.exists() else None
     if cov is not None and cov.shape != (self.config.T,):
-        raise UnclipError(f"{file} has the variance of {len(cov)} steps, this prior has {self.config.T}: measure it anew with measure_variance")
+        raise UnclipError(
+            f"{file} has the variance of {len(cov)} steps, this prior has {self.config.T}: measure it anew with measure_variance"
+        )
     self.cov = cov
 
 # %% ../nbs/09_diffusion_prior.ipynb #1060070f
@@ -300,7 +361,10 @@ SAMPLERS = ("ddim", "ddpm", "analytic")
 @patch
 def with_variance(self:DiffusionPrior, denoise:Denoise) -> Denoise:
     "The denoiser, saying also how unsure it is at t. Raises `UnclipError` where that was never measured."
-    if self.cov is None: raise UnclipError("the variance of this prior was never measured: call measure_variance(batches), or use sampler ddim or ddpm")
+    if self.cov is None:
+        raise UnclipError(
+            "the variance of this prior was never measured: call measure_variance(batches), or use sampler ddim or ddpm"
+        )
     return lambda x_t, t: denoise(x_t, t)._replace(cov=self.cov[t][:, None])
 
 @patch
@@ -319,14 +383,22 @@ def sample(
 ) -> Float[Tensor, "b d"]:         # unit norm
     "Draw an image embedding for each caption (paper 2.2). Raises `UnclipError` for an unknown sampler or a variance that was not measured."
     choice("sampler", sampler, SAMPLERS)
-    guidance, candidates = number("guidance", guidance, low=-100, high=100), number("candidates", candidates, low=1, high=1000, whole=True)
+    guidance, candidates = number("guidance", guidance, low=-100, high=100), number("candidates",
+                                                                                    candidates,
+                                                                                    low=1,
+                                                                                    high=1000,
+                                                                                    whole=True)
     check_generators(generator, len(zt))
-    if isinstance(generator, (list, tuple)): generator = [g for g in generator for _ in range(candidates)]
+    if isinstance(generator, (list, tuple)):
+        generator = [g for g in generator for _ in range(candidates)]
     x_T = randn((len(zt) * candidates, zt.shape[1]), generator, zt.device)
-    draw, denoise = ddim_sample if sampler == "ddim" else ddpm_sample, self.denoiser(text.to(self.net.query), zt.to(self.net.query), guidance, candidates, cache)
-    if sampler == "analytic": denoise = self.with_variance(denoise)
+    draw, denoise = ddim_sample if sampler == "ddim" else ddpm_sample, self.denoiser(
+        text.to(self.net.query), zt.to(self.net.query), guidance, candidates, cache)
+    if sampler == "analytic":
+        denoise = self.with_variance(denoise)
     x = draw(denoise, x_T, self.schedule, steps, generator=generator, clip=False, progress=progress)
-    return keep_best(F.normalize(self.stats.inverse(x), dim=-1).unflatten(0, (len(zt), candidates)), zt)
+    return keep_best(
+        F.normalize(self.stats.inverse(x), dim=-1).unflatten(0, (len(zt), candidates)), zt)
 
 # %% ../nbs/09_diffusion_prior.ipynb #23521b41
 def linear_prior(
@@ -360,7 +432,9 @@ def score_draws(
     "For each caption: mean cosine to the true z_i, to the nearest real one, diversity (1 - mean cosine of two draws) and, given z_t, agreement z_i . z_t."
     k, two = len(z), torch.einsum("knd,jnd->kjn", z, z)
     apart = 1 - (two.sum((0, 1)) - two.diagonal().sum(1)) / max(k * (k - 1), 1)
-    scores = dict(truth=(z * zi).sum(-1).mean(0), nearest=(z @ real.T).amax(-1).mean(0), diversity=apart if k > 1 else torch.zeros_like(apart))
+    scores = dict(truth=(z * zi).sum(-1).mean(0),
+                  nearest=(z @ real.T).amax(-1).mean(0),
+                  diversity=apart if k > 1 else torch.zeros_like(apart))
     return scores if zt is None else scores | dict(agreement=(z * zt).sum(-1).mean(0))
 
 def compare_priors(
@@ -373,5 +447,6 @@ def compare_priors(
     "For each prior the means of `score_draws` over captions."
     def row(scores):
         means = {k: v.mean().item() for k, v in scores.items()}
-        return means | ({f"{k} ±": 1.96 * v.std().item() / len(v) ** 0.5 for k, v in scores.items()} if margins else {})
+        return means | ({f"{k} ±": 1.96 * v.std().item() / len(v)**0.5
+                         for k, v in scores.items()} if margins else {})
     return {name: row(score_draws(z, zi, real, zt)) for name, z in draws.items()}

@@ -26,8 +26,10 @@ def angle(
 ) -> Float[Tensor, "b"]:
     "The angle between whole rows, 0 to pi, in float64: exact for rows that are nearly parallel or nearly opposite too (Kahan's formula)."
     for x in (a, b):
-        if not isinstance(x, Tensor) or x.ndim < 1 or not x.is_floating_point(): raise UnclipError("an angle is between rows of floats: give tensors (b, ...)")
-    if a.shape != b.shape: raise UnclipError(f"no angle between shapes {tuple(a.shape)} and {tuple(b.shape)}")
+        if not isinstance(x, Tensor) or x.ndim < 1 or not x.is_floating_point():
+            raise UnclipError("an angle is between rows of floats: give tensors (b, ...)")
+    if a.shape != b.shape:
+        raise UnclipError(f"no angle between shapes {tuple(a.shape)} and {tuple(b.shape)}")
     a, b = (F.normalize(x.detach().cpu().double().flatten(1), dim=1) for x in (a, b))
     return 2 * torch.atan2((a - b).norm(dim=1), (a + b).norm(dim=1))                        # eq. 2
 
@@ -47,18 +49,25 @@ def slerp(
     """Spherical interpolation of whole rows: at constant angular speed along the great circle, ends exact (paper, section 3.2).
     Parallel rows: the straight line. Opposite rows (to 0.001 rad), for which no circle is the shortest: one that is always the same. Raises `UnclipError` for unlike shapes."""
     for x in (a, b):
-        if not isinstance(x, Tensor) or x.ndim < 1 or not x.is_floating_point(): raise UnclipError("slerp is between rows of floats: give tensors (b, ...)")
-    if a.shape != b.shape: raise UnclipError(f"cannot interpolate between shapes {tuple(a.shape)} and {tuple(b.shape)}")
-    if a.ndim == 1: return slerp(a[None], b[None], theta, lengths)[0]
+        if not isinstance(x, Tensor) or x.ndim < 1 or not x.is_floating_point():
+            raise UnclipError("slerp is between rows of floats: give tensors (b, ...)")
+    if a.shape != b.shape:
+        raise UnclipError(
+            f"cannot interpolate between shapes {tuple(a.shape)} and {tuple(b.shape)}")
+    if a.ndim == 1:
+        return slerp(a[None], b[None], theta, lengths)[0]
     wide = torch.float32 if a.device.type == "mps" else torch.float64
     x, y = (v.to(wide).flatten(1) for v in (a, b))
     omega = angle(a, b).to(x)[:, None]
-    theta = theta if isinstance(theta, Tensor) else torch.tensor(number("theta", theta, low=0, high=1), dtype=torch.float64)
+    theta = theta if isinstance(theta, Tensor) else torch.tensor(
+        number("theta", theta, low=0, high=1), dtype=torch.float64)
     if theta.numel() not in (1, len(a)) or not ((theta >= 0) & (theta <= 1)).all():
         raise UnclipError(f"theta must be one number from 0 to 1, or {len(a)} of them")
     theta = theta.to(a.device, wide).reshape(-1, 1).expand(len(a), 1)
-    long = torch.lerp(x.norm(dim=1, keepdim=True), y.norm(dim=1, keepdim=True), theta) if lengths else 1
-    if lengths: x, y = F.normalize(x, dim=1), F.normalize(y, dim=1)
+    long = torch.lerp(x.norm(dim=1, keepdim=True), y.norm(dim=1, keepdim=True),
+                      theta) if lengths else 1
+    if lengths:
+        x, y = F.normalize(x, dim=1), F.normalize(y, dim=1)
     part = lambda t: t * torch.sinc(t * omega / math.pi) / torch.sinc(omega / math.pi)       # sin(t omega) / sin(omega), and t where omega is 0
     out = part(1 - theta) * x + part(theta) * y                                              # eq. 1
     opposite = (math.pi - omega < 1e-3).squeeze(1)
@@ -66,7 +75,8 @@ def slerp(
         t, p, q = theta[opposite], x[opposite], y[opposite]
         wide_by = (1 - t) * p.norm(dim=1, keepdim=True) + t * q.norm(dim=1, keepdim=True)
         near = torch.where(t < 0.5, p, q) * torch.cos(math.pi * torch.minimum(t, 1 - t))
-        out[opposite] = near + torch.sin(math.pi * torch.minimum(t, 1 - t)) * wide_by * _aside(F.normalize(p, dim=1), F.normalize(q, dim=1))
+        out[opposite] = near + torch.sin(math.pi * torch.minimum(t, 1 - t)) * wide_by * _aside(
+            F.normalize(p, dim=1), F.normalize(q, dim=1))
     return (long * out).view_as(a).to(a.dtype)
 
 # %% ../nbs/16_edits.ipynb #f2cfe38e
@@ -75,7 +85,9 @@ def check_latent(
     latent,        # what should be a `Latent` of this system
 ) -> Latent:
     "The latent. Raises `UnclipError` where it is none, or another system's."
-    if not isinstance(latent, Latent): raise UnclipError(f"a {type(latent).__name__} is no Latent: get one with model.invert(image)")
+    if not isinstance(latent, Latent):
+        raise UnclipError(
+            f"a {type(latent).__name__} is no Latent: get one with model.invert(image)")
     zi = model.as_embeddings(latent.zi, "the latent's zi")
     return Latent(zi, model.as_noise(latent.x_T, len(zi)), latent.steps)
 
@@ -87,8 +99,10 @@ def as_latent(
     progress:bool=False,
 ) -> Latent:
     "The latent of what a user calls a picture. Raises `UnclipError` for what is none."
-    if isinstance(image, Latent): check_latent(model, image)
-    return image if isinstance(image, Latent) else model.invert(image, steps, refine=refine, progress=progress and "inverting")
+    if isinstance(image, Latent):
+        check_latent(model, image)
+    return image if isinstance(image, Latent) else model.invert(
+        image, steps, refine=refine, progress=progress and "inverting")
 
 def frames(
     model:UnCLIP,
@@ -102,12 +116,30 @@ def frames(
     progress:bool|str=False,
 ) -> Iterator[Float[Tensor, "k 3 h w"]]:
     "Draw the frames of a path, a batch at a time, in order."
-    path, batch_size = check_latent(model, path), number("batch_size", batch_size, low=1, whole=True)
-    seed, eta, guidance = number("seed", seed, whole=True), number("eta", eta, low=0, high=1), number("guidance", guidance, low=-100, high=100)
+    path, batch_size = check_latent(model, path), number("batch_size",
+                                                         batch_size,
+                                                         low=1,
+                                                         whole=True)
+    seed, eta, guidance = number("seed", seed, whole=True), number("eta", eta, low=0,
+                                                                   high=1), number("guidance",
+                                                                                   guidance,
+                                                                                   low=-100,
+                                                                                   high=100)
     for k in range(0, len(path), batch_size):
-        part = path[k:k + batch_size]; rows = range(len(part))
-        gens = {s: [generator(seed, s, 0) for _ in rows] for s in model.upsamplers(size, upsample)} | {"decoder": [generator(seed, "decoder", k + i) for i in rows]}
-        yield model.decode(part.zi, x_T=part.x_T, eta=eta, guidance=guidance, steps=part.steps, upsample=upsample, size=size, generators=gens, progress=progress)
+        part = path[k:k + batch_size]
+        rows = range(len(part))
+        gens = {s: [generator(seed, s, 0) for _ in rows]
+                for s in model.upsamplers(size, upsample)
+                } | {"decoder": [generator(seed, "decoder", k + i) for i in rows]}
+        yield model.decode(part.zi,
+                           x_T=part.x_T,
+                           eta=eta,
+                           guidance=guidance,
+                           steps=part.steps,
+                           upsample=upsample,
+                           size=size,
+                           generators=gens,
+                           progress=progress)
 
 DRAWING = ("guidance", "upsample", "size", "batch_size")     # what every edit passes on to `frames`
 
@@ -129,7 +161,8 @@ def variation_path(
 ) -> Latent:
     "The same latent n times: `frames` with eta above 0 makes each its own picture."
     n = number("the number of variations", n, low=1, high=100_000, whole=True)
-    return Latent(latent.zi.repeat_interleave(n, 0), latent.x_T.repeat_interleave(n, 0), latent.steps)
+    return Latent(latent.zi.repeat_interleave(n, 0), latent.x_T.repeat_interleave(n, 0),
+                  latent.steps)
 
 def variations(
     model:UnCLIP,
@@ -144,8 +177,17 @@ def variations(
 ) -> Float[Tensor, "n 3 h w"]:
     "Pictures with the same z_i: DDIM with fresh noise, from the inverted x_T (paper, section 3.1). Several pictures: n each, picture-major."
     check_drawing(model, "variations", steps, seed, how)
-    eta, n = number("eta", eta, low=0, high=1), number("the number of variations", n, low=1, high=100_000, whole=True)
-    return _drawn(model, variation_path(as_latent(model, image, steps, refine, progress), n), eta=eta, seed=seed, progress=progress, **how)
+    eta, n = number("eta", eta, low=0, high=1), number("the number of variations",
+                                                       n,
+                                                       low=1,
+                                                       high=100_000,
+                                                       whole=True)
+    return _drawn(model,
+                  variation_path(as_latent(model, image, steps, refine, progress), n),
+                  eta=eta,
+                  seed=seed,
+                  progress=progress,
+                  **how)
 
 # %% ../nbs/16_edits.ipynb #6fc85562
 NOISES = ("slerp", "fixed")
@@ -159,12 +201,16 @@ def interpolation_path(
 ) -> Latent:
     "z_i on the great circle from one picture to the other (paper, section 3.2). Raises `UnclipError` for another kind of noise."
     choice("noise", noise, NOISES)
-    n, seed = number("n, the frames of an interpolation,", n, low=2, high=100_000, whole=True), number("seed", seed, whole=True)
-    if a.steps != b.steps or len(a) != len(b): raise UnclipError("the ends of an interpolation need as many pictures, inverted in the same steps")
+    n, seed = number("n, the frames of an interpolation,", n, low=2, high=100_000,
+                     whole=True), number("seed", seed, whole=True)
+    if a.steps != b.steps or len(a) != len(b):
+        raise UnclipError(
+            "the ends of an interpolation need as many pictures, inverted in the same steps")
     theta = torch.linspace(0, 1, n, dtype=torch.float64).repeat(len(a))
     za, zb, xa, xb = (v.repeat_interleave(n, 0) for v in (a.zi, b.zi, a.x_T, b.x_T))
     fixed = randn(a.x_T.shape[1:], row_generators(seed, 1, "decoder")[0]).to(a.x_T)
-    return Latent(slerp(za, zb, theta, lengths=True), slerp(xa, xb, theta) if noise == "slerp" else fixed.expand_as(xa), a.steps)
+    return Latent(slerp(za, zb, theta, lengths=True),
+                  slerp(xa, xb, theta) if noise == "slerp" else fixed.expand_as(xa), a.steps)
 
 def interpolate(
     model:UnCLIP,
@@ -183,7 +229,11 @@ def interpolate(
     choice("noise", noise, NOISES)
     n = number("n, the frames of an interpolation,", n, low=2, high=100_000, whole=True)
     ends = [as_latent(model, x, steps, refine, progress) for x in (image_a, image_b)]
-    return _drawn(model, interpolation_path(*ends, n, noise, seed), seed=seed, progress=progress, **how)
+    return _drawn(model,
+                  interpolation_path(*ends, n, noise, seed),
+                  seed=seed,
+                  progress=progress,
+                  **how)
 
 # %% ../nbs/16_edits.ipynb #52ce3dec
 THETAS = (0, 0.1, 0.25, 0.35, 0.5)      # the paper's maximum is 0.25 to 0.50
@@ -196,17 +246,26 @@ def text_direction(
 ) -> Float[Tensor, "b d"]:
     "z_d = norm(z_t - z_t0), unit norm (paper, section 3.3). Raises `UnclipError` where CLIP sees no difference."
     base, new = (check_captions(x, empty=True) for x in (base, new))
-    if len(base) not in (1, len(new)): raise UnclipError(f"{len(base)} captions to start from and {len(new)} to go to: give as many, or one")
+    if len(base) not in (1, len(new)):
+        raise UnclipError(
+            f"{len(base)} captions to start from and {len(new)} to go to: give as many, or one")
     for text in new:
-        if not text.strip(): raise UnclipError("the new caption is empty: say what the picture should become")
-    with model.working("clip"): step = model.clip.encode_text(new) - model.clip.encode_text(base)
-    if (step.norm(dim=1) < 1e-5).any(): raise UnclipError(f"{base[0]!r} and {new[0]!r} are the same to CLIP: the new caption must say something else")
+        if not text.strip():
+            raise UnclipError("the new caption is empty: say what the picture should become")
+    with model.working("clip"):
+        step = model.clip.encode_text(new) - model.clip.encode_text(base)
+    if (step.norm(dim=1) < 1e-5).any():
+        raise UnclipError(
+            f"{base[0]!r} and {new[0]!r} are the same to CLIP: the new caption must say something else"
+        )
     return F.normalize(step, dim=1)
 
 def check_thetas(thetas) -> list[float]:
     "A list of numbers from 0 (the picture itself) to 1 (nothing but the text). Raises `UnclipError` for anything else."
-    if hasattr(thetas, "tolist"): thetas = thetas.tolist()
-    if not isinstance(thetas, (list, tuple)) or not thetas: raise UnclipError("thetas must be a list of numbers from 0 to 1, such as (0, 0.25, 0.5)")
+    if hasattr(thetas, "tolist"):
+        thetas = thetas.tolist()
+    if not isinstance(thetas, (list, tuple)) or not thetas:
+        raise UnclipError("thetas must be a list of numbers from 0 to 1, such as (0, 0.25, 0.5)")
     return [number("one of the thetas", t, low=0, high=1) for t in thetas]
 
 def text_diff_path(
@@ -216,12 +275,16 @@ def text_diff_path(
 ) -> Latent:
     "z_i turned towards the direction, x_T held."
     thetas = check_thetas(thetas)
-    if not isinstance(direction, Tensor) or direction.shape not in {(1, latent.zi.shape[1]), tuple(latent.zi.shape)}:
-        raise UnclipError(f"direction must be one row of {latent.zi.shape[1]} numbers, or one a picture: see text_direction")
+    if not isinstance(direction, Tensor) or direction.shape not in {(1, latent.zi.shape[1]),
+                                                                    tuple(latent.zi.shape)}:
+        raise UnclipError(
+            f"direction must be one row of {latent.zi.shape[1]} numbers, or one a picture: see text_direction"
+        )
     n, theta = len(thetas), torch.tensor(thetas, dtype=torch.float64).repeat(len(latent))
     zd = direction.to(latent.zi) * latent.zi.norm(dim=1, keepdim=True)       # as long as what it is mixed with
     zd = zd.repeat_interleave(n, 0)
-    return Latent(slerp(latent.zi.repeat_interleave(n, 0), zd, theta), latent.x_T.repeat_interleave(n, 0), latent.steps)
+    return Latent(slerp(latent.zi.repeat_interleave(n, 0), zd, theta),
+                  latent.x_T.repeat_interleave(n, 0), latent.steps)
 
 def text_diff(
     model:UnCLIP,
@@ -239,12 +302,18 @@ def text_diff(
     check_drawing(model, "text_diff", steps, seed, how)
     thetas = check_thetas(thetas)
     direction = text_direction(model, base_caption, new_caption)
-    return _drawn(model, text_diff_path(as_latent(model, image, steps, refine, progress), direction, thetas), seed=seed, progress=progress, **how)
+    return _drawn(model,
+                  text_diff_path(as_latent(model, image, steps, refine, progress), direction,
+                                 thetas),
+                  seed=seed,
+                  progress=progress,
+                  **how)
 
 # %% ../nbs/16_edits.ipynb #eb0f04b6
 def check_ks(ks) -> list[int]:
     "A list of numbers of components. Raises `UnclipError` for anything else."
-    if not isinstance(ks, (list, tuple, range)) or not ks: raise UnclipError("ks must be a list of numbers of components: give at least one")
+    if not isinstance(ks, (list, tuple, range)) or not ks:
+        raise UnclipError("ks must be a list of numbers of components: give at least one")
     return [number("the number of components", k, low=0, whole=True) for k in ks]
 
 def pca_path(
@@ -254,9 +323,11 @@ def pca_path(
 ) -> Latent:
     "z_i with only its first k components, at its own length again; x_T held (paper, section 4 and figure 7)."
     pca, ks = getattr(pca, "pca", pca), check_ks(ks)
-    if not isinstance(pca, PCA): raise UnclipError(f"a {type(pca).__name__} is no PCA: give one, PCA().fit(embeddings)")
+    if not isinstance(pca, PCA):
+        raise UnclipError(f"a {type(pca).__name__} is no PCA: give one, PCA().fit(embeddings)")
     long = latent.zi.norm(dim=1, keepdim=True)
-    zi = torch.stack([long * F.normalize(pca.truncate(latent.zi, k), dim=1) for k in ks], 1).flatten(0, 1)
+    zi = torch.stack([long * F.normalize(pca.truncate(latent.zi, k), dim=1) for k in ks],
+                     1).flatten(0, 1)
     return Latent(zi.to(latent.zi), latent.x_T.repeat_interleave(len(ks), 0), latent.steps)
 
 def pca_sweep(
@@ -274,13 +345,18 @@ def pca_sweep(
     check_drawing(model, "pca_sweep", steps, seed, how)
     choice("noise", noise, ("fixed", "inverted"))
     ks = check_ks(ks)
-    if pca is None and model.ar_prior is None: raise UnclipError("this system has no AR prior whose PCA could be used: give one, PCA().fit(embeddings)")
+    if pca is None and model.ar_prior is None:
+        raise UnclipError(
+            "this system has no AR prior whose PCA could be used: give one, PCA().fit(embeddings)")
     pca = model.ar_prior.quantizer if pca is None else pca
-    if isinstance(image, Latent): image = check_latent(model, image)
-    latent = as_latent(model, image, steps, progress=progress) if noise == "inverted" or isinstance(image, Latent) else None
+    if isinstance(image, Latent):
+        image = check_latent(model, image)
+    latent = as_latent(model, image, steps, progress=progress) if noise == "inverted" or isinstance(
+        image, Latent) else None
     if noise == "fixed":
         zi = latent.zi if latent else model.see(image)
         s = model.decoder.config.image_size
         x_T = randn((3, s, s), row_generators(seed, 1, "decoder")[0]).to(zi)
-        latent = Latent(zi, x_T.expand(len(zi), -1, -1, -1), latent.steps if latent else model.decoder.config.edit_steps(steps))
+        latent = Latent(zi, x_T.expand(len(zi), -1, -1, -1),
+                        latent.steps if latent else model.decoder.config.edit_steps(steps))
     return _drawn(model, pca_path(latent, pca, ks), seed=seed, progress=progress, **how)

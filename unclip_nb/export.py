@@ -9,7 +9,9 @@ __all__ = ['FORMAT', 'ALSO', 'COMMANDS', 'stack_cache', 'split_cache', 'ClipText
            'describe', 'export', 'clip_specs', 'Exported', 'Export', 'export_command']
 
 # %% ../nbs/21_export.ipynb #ec83b78d
-import json, os, warnings
+import json
+import os
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np
@@ -20,7 +22,7 @@ from .clip import CLIP
 from .core import UnclipError, generator, randn
 from .data import Tokenizer
 from .decoder import Decoder
-from .diffusion import Denoise, dpm_sample, ddim_sample, guided, predict
+from .diffusion import Denoise, ddim_sample, dpm_sample, guided, predict
 from .layers import KVCache
 from .pipeline import UnCLIP
 from .train import writing
@@ -73,7 +75,8 @@ class PriorStep(nn.Module):
         self.net = prior.net
     def forward(self, cache, zi_t, t):
         net, time = self.net, self.net.time(t)
-        tokens = torch.stack([time, net.zi_in(zi_t), net.query.expand_as(time)], 1) + net.positions[-3:]
+        tokens = torch.stack(
+            [time, net.zi_in(zi_t), net.query.expand_as(time)], 1) + net.positions[-3:]
         return net.out(net.transformer(tokens, split_cache(cache), append=False)[:, -1])
 
 # %% ../nbs/21_export.ipynb #ccb56ad8
@@ -95,7 +98,8 @@ class ARStep(nn.Module):
     def forward(self, cache, code, place):
         net, caches = self.net, split_cache(cache)
         k, own = len(net.bias), net.own
-        at, row = net.positions[place - 1 + len(net.positions) - k], (place - 1) * net.buckets if own else 0
+        at, row = net.positions[place - 1 + len(net.positions) -
+                                k], (place - 1) * net.buckets if own else 0
         h = net.transformer((net.codes(code + row) + at)[:, None], caches)[:, 0]
         table = net.codes.weight.view(k, net.buckets, -1)[place][0] if own else net.codes.weight
         return stack_cache(caches), h @ table.mT + net.bias[place]
@@ -125,7 +129,10 @@ class UpsamplerStep(nn.Module):
         super().__init__()
         self.upsampler = upsampler
     def forward(self, x_t, t, low_res):
-        big = F.interpolate(low_res, scale_factor=self.upsampler.config.factor, mode="bilinear", align_corners=False)
+        big = F.interpolate(low_res,
+                            scale_factor=self.upsampler.config.factor,
+                            mode="bilinear",
+                            align_corners=False)
         return self.upsampler.network(x_t, t, big)
 
 # %% ../nbs/21_export.ipynb #4c5e0160
@@ -150,19 +157,28 @@ def graph_specs(
     tokens[:, 4] = c.vocab_size - 1
     zi = F.normalize(randn((rows, model.clip.dim), g), dim=1)
     t = torch.randint(0, 1000, (rows,), generator=g) % d.T
-    with torch.no_grad(): zt, text = model.clip.encode_text_tokens(tokens)
-    specs = {"clip_text": GraphSpec(ClipText(model.clip), {"tokens": tokens}, ["zt", "text"]),
-             "clip_image": GraphSpec(ClipImage(model.clip), {"images": randn((rows, 3, c.image_size, c.image_size), g)}, ["zi"])}
+    with torch.no_grad():
+        zt, text = model.clip.encode_text_tokens(tokens)
+    specs = {
+        "clip_text": GraphSpec(ClipText(model.clip), {"tokens": tokens}, ["zt", "text"]),
+        "clip_image": GraphSpec(ClipImage(model.clip),
+                                {"images": randn((rows, 3, c.image_size, c.image_size), g)}, ["zi"])
+    }
     specs |= prior_specs(model, text, zt, zi, t)
     keep, x = torch.arange(rows) % 2 == 0, randn((rows, 3, d.image_size, d.image_size), g)
     condition = DecoderCondition(model.decoder)
-    with torch.no_grad(): heard = condition(zi, keep, tokens)
+    with torch.no_grad():
+        heard = condition(zi, keep, tokens)
     names = ["vector", *(f"kv{i}" for i in range(len(heard) - 1))]
-    specs["decoder_condition"] = GraphSpec(condition, {"zi": zi, "keep": keep, "tokens": tokens}, names)
-    specs["decoder_step"] = GraphSpec(DecoderStep(model.decoder), {"x_t": x, "t": t, **dict(zip(names, heard))}, ["answer"])
+    specs["decoder_condition"] = GraphSpec(condition, {"zi": zi, "keep": keep, "tokens": tokens},
+                                           names)
+    specs["decoder_step"] = GraphSpec(DecoderStep(model.decoder),
+                                      {"x_t": x, "t": t, **dict(zip(names, heard))}, ["answer"])
     if model.upsampler1 is not None:
         big = randn((rows, 3, *[d.image_size * model.upsampler1.config.factor] * 2), g)
-        specs["upsampler1_step"] = GraphSpec(UpsamplerStep(model.upsampler1), {"x_t": big, "t": t, "low_res": x.clamp(-1, 1)}, ["answer"])
+        specs["upsampler1_step"] = GraphSpec(UpsamplerStep(model.upsampler1),
+                                             {"x_t": big, "t": t, "low_res": x.clamp(-1, 1)},
+                                             ["answer"])
     return specs
 
 def prior_specs(model:UnCLIP, text:Tensor, zt:Tensor, zi:Tensor, t:Tensor) -> dict[str, GraphSpec]:
@@ -170,15 +186,22 @@ def prior_specs(model:UnCLIP, text:Tensor, zt:Tensor, zi:Tensor, t:Tensor) -> di
     specs = {}
     if model.prior is not None:
         prefix = PriorPrefix(model.prior)
-        with torch.no_grad(): cache = prefix(text, zt)
+        with torch.no_grad():
+            cache = prefix(text, zt)
         specs["prior_prefix"] = GraphSpec(prefix, {"text": text, "zt": zt}, ["cache"])
-        specs["prior_step"] = GraphSpec(PriorStep(model.prior), {"cache": cache, "zi_t": zi, "t": t}, ["x0"])
+        specs["prior_step"] = GraphSpec(PriorStep(model.prior),
+                                        {"cache": cache, "zi_t": zi, "t": t}, ["x0"])
     if model.ar_prior is not None:
         prefix, dot = ARPrefix(model.ar_prior), t % model.ar_prior.config.dot_buckets
-        with torch.no_grad(): cache, _ = prefix(text, zt, dot)
-        specs["ar_prefix"] = GraphSpec(prefix, {"text": text, "zt": zt, "dot": dot}, ["cache", "logits"])
-        specs["ar_step"] = GraphSpec(ARStep(model.ar_prior), {"cache": cache, "code": t % model.ar_prior.config.buckets, "place": torch.tensor([1])},
-                                     ["longer", "logits"], grows=("cache", "longer"))
+        with torch.no_grad():
+            cache, _ = prefix(text, zt, dot)
+        specs["ar_prefix"] = GraphSpec(prefix, {"text": text, "zt": zt, "dot": dot},
+                                       ["cache", "logits"])
+        specs["ar_step"] = GraphSpec(
+            ARStep(model.ar_prior),
+            {"cache": cache, "code": t % model.ar_prior.config.buckets, "place": torch.tensor([1])},
+            ["longer", "logits"],
+            grows=("cache", "longer"))
     return specs
 
 # %% ../nbs/21_export.ipynb #f67f8cce
@@ -197,29 +220,43 @@ def _any(g, x, dim, keepdim):
 def need(package:str):
     "Import a package of the extra `play`. Raises `UnclipError` where it is missing."
     from importlib import import_module
-    try: return import_module(package)
-    except ImportError: raise UnclipError(f"exporting needs the package {package}: pip install unclip_nb[play]") from None
+    try:
+        return import_module(package)
+    except ImportError:
+        raise UnclipError(
+            f"exporting needs the package {package}: pip install unclip_nb[play]") from None
 
 def write_graph(name:str, spec:GraphSpec, file:Path):
     "Trace a graph into an ONNX file in float32. Raises `UnclipError` for an operator that ONNX lacks."
     need("onnx")
     free = {k: {0: "rows"} for k in (*spec.inputs, *spec.outputs) if k != "place"}
-    for k in spec.grows: free[k][4] = k
+    for k in spec.grows:
+        free[k][4] = k
     torch.onnx.register_custom_op_symbolic("aten::mT", _transpose, 9)
     torch.onnx.register_custom_op_symbolic("aten::any", _any, 9)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            torch.onnx.export(spec.module.eval(), tuple(spec.inputs.values()), str(file), input_names=list(spec.inputs), output_names=spec.outputs,
-                              dynamic_axes=free, opset_version=17, dynamo=False)
+            torch.onnx.export(spec.module.eval(),
+                              tuple(spec.inputs.values()),
+                              str(file),
+                              input_names=list(spec.inputs),
+                              output_names=spec.outputs,
+                              dynamic_axes=free,
+                              opset_version=17,
+                              dynamo=False)
         except torch.onnx.errors.OnnxExporterError as e:
-            raise UnclipError(f"{name} cannot be written as ONNX ({str(e).strip().splitlines()[-1][:120]}): only systems built of this package's own stages can") from None
+            raise UnclipError(
+                f"{name} cannot be written as ONNX ({str(e).strip().splitlines()[-1][:120]}): only systems built of this package's own stages can"
+            ) from None
 
 # %% ../nbs/21_export.ipynb #3b7907c1
 def holds_in_half(x:np.ndarray) -> bool:
     "Is every number of this large table a float16 already?"
-    if x.dtype != np.float32 or x.size < 256: return False
-    with np.errstate(over="ignore"): return bool((x.astype(np.float16).astype(np.float32) == x).all())
+    if x.dtype != np.float32 or x.size < 256:
+        return False
+    with np.errstate(over="ignore"):
+        return bool((x.astype(np.float16).astype(np.float32) == x).all())
 
 def halve(file:Path) -> int:
     "Store the tables of an ONNX file as float16, each with a `Cast` back; returns how many."
@@ -227,16 +264,19 @@ def halve(file:Path) -> int:
     model, n, casts = onnx.load(str(file)), 0, []
     for i, table in enumerate(model.graph.initializer):
         x = onnx.numpy_helper.to_array(table)
-        if not holds_in_half(x): continue
+        if not holds_in_half(x):
+            continue
         small = onnx.numpy_helper.from_array(x.astype(np.float16), table.name + ".half")
-        casts.append(onnx.helper.make_node("Cast", [small.name], [table.name], to=onnx.TensorProto.FLOAT))
+        casts.append(
+            onnx.helper.make_node("Cast", [small.name], [table.name], to=onnx.TensorProto.FLOAT))
         model.graph.initializer[i].CopyFrom(small)
         n += 1
     nodes = casts + list(model.graph.node)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     model.doc_string = ""
-    for node in model.graph.node: node.doc_string = ""
+    for node in model.graph.node:
+        node.doc_string = ""
     onnx.save(model, str(file))
     return n
 
@@ -251,7 +291,11 @@ class Session:
         self.session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         self.takes = {i.name for i in self.session.get_inputs()}
     def __call__(self, **inputs) -> list[Tensor]:
-        return [torch.from_numpy(x) for x in self.session.run(None, {k: v.numpy() for k, v in inputs.items() if k in self.takes})]
+        return [
+            torch.from_numpy(x) for x in self.session.run(
+                None, {k: v.numpy()
+                       for k, v in inputs.items() if k in self.takes})
+        ]
 
 @torch.no_grad()
 def difference(
@@ -261,7 +305,8 @@ def difference(
     "The largest difference between a file's answer and PyTorch's."
     want = spec.module(*spec.inputs.values())
     have = Session(file)(**spec.inputs)
-    return max((a - b).abs().max().item() for a, b in zip(have, want if isinstance(want, tuple) else (want,)))
+    return max((a - b).abs().max().item()
+               for a, b in zip(have, want if isinstance(want, tuple) else (want, )))
 
 # %% ../nbs/21_export.ipynb #64d959d9
 FORMAT = 1
@@ -281,13 +326,22 @@ def small_tables(model:UnCLIP) -> dict[str, Tensor]:
 def describe(model:UnCLIP) -> dict:
     "Configs, schedules and tokenizer of a system. Raises `UnclipError` for a system of another shape."
     if not isinstance(model.clip.tokenizer, Tokenizer):
-        raise UnclipError("this system reads captions with open_clip's tokenizer, which the page does not have: export a system that was trained with `unclip train`")
+        raise UnclipError(
+            "this system reads captions with open_clip's tokenizer, which the page does not have: export a system that was trained with `unclip train`"
+        )
     if not isinstance(model.decoder, Decoder) or model.decoder.config.patch < 1:
-        raise UnclipError(f"the page draws with this package's own decoder, not with {type(model.decoder).__name__}: export a system that was trained with `unclip train`")
+        raise UnclipError(
+            f"the page draws with this package's own decoder, not with {type(model.decoder).__name__}: export a system that was trained with `unclip train`"
+        )
     stages = {k: v for k, v in model.stages.items() if k != "upsampler2"}
-    return {"format": FORMAT, "clip": model.clip.fingerprint, "config": {k: asdict(v.config) for k, v in stages.items()},
-            "abar": {k: v.schedule.abar.tolist() for k, v in stages.items() if hasattr(v, "schedule")},
-            "tokenizer": json.loads(model.clip.tokenizer.bpe.to_str())}
+    return {
+        "format": FORMAT, "clip": model.clip.fingerprint,
+        "config": {k: asdict(v.config)
+                   for k, v in stages.items()},
+        "abar": {k: v.schedule.abar.tolist()
+                 for k, v in stages.items() if hasattr(v, "schedule")},
+        "tokenizer": json.loads(model.clip.tokenizer.bpe.to_str())
+    }
 
 # %% ../nbs/21_export.ipynb #03ac0289
 def export(
@@ -303,35 +357,57 @@ def export(
     if second is not None:
         specs |= clip_specs(second, "second", 2)
         checks |= clip_specs(second, "second", 3)
-        facts["second"] = {"config": asdict(second.config), "tokenizer": json.loads(second.tokenizer.bpe.to_str()), "clip": second.fingerprint}
-    with writing(out): out.mkdir(parents=True, exist_ok=True)
+        facts["second"] = {
+            "config": asdict(second.config), "tokenizer": json.loads(second.tokenizer.bpe.to_str()),
+            "clip": second.fingerprint
+        }
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     (out/"unclip.json").unlink(missing_ok=True)
     graphs = {}
     with writing(out):
         for name, spec in specs.items():
             part = out/f"{name}.part"
             write_graph(name, spec, part)
-            if half: halve(part)
+            if half:
+                halve(part)
             apart = difference(part, checks[name])
-            if not apart <= ALSO: raise UnclipError(f"{name} as ONNX differs from PyTorch by {apart:.2g}: export it with --no-half, or report it")
+            if not apart <= ALSO:
+                raise UnclipError(
+                    f"{name} as ONNX differs from PyTorch by {apart:.2g}: export it with --no-half, or report it"
+                )
             os.replace(part, out/f"{name}.onnx")
-            graphs[name] = {"bytes": (out/f"{name}.onnx").stat().st_size, "inputs": list(spec.inputs), "outputs": spec.outputs, "apart": float(f"{apart:.1e}")}
+            graphs[name] = {
+                "bytes": (out / f"{name}.onnx").stat().st_size, "inputs": list(spec.inputs),
+                "outputs": spec.outputs, "apart": float(f"{apart:.1e}")
+            }
         tables, at = small_tables(model), 0
         facts |= {"graphs": graphs, "tables": {}}
         for name, x in tables.items():
             facts["tables"][name] = {"offset": at, "shape": list(x.shape)}
             at += x.numel()
-        (out/"tables.bin").write_bytes(b"".join(x.numpy().astype("<f4").tobytes() for x in tables.values()))
-        facts["check"] = {"caption": "a red star", "zt": model.encode_text("a red star")[0].tolist()}
+        (out / "tables.bin").write_bytes(b"".join(x.numpy().astype("<f4").tobytes()
+                                                  for x in tables.values()))
+        facts["check"] = {
+            "caption": "a red star", "zt": model.encode_text("a red star")[0].tolist()
+        }
         (out/"unclip.json").write_text(json.dumps(facts))
     return facts
 
 def clip_specs(clip:CLIP, prefix:str, rows:int) -> dict[str, GraphSpec]:
     "The two graphs of another CLIP. Raises `UnclipError` for one whose tokenizer the page does not have."
-    if not isinstance(clip.tokenizer, Tokenizer): raise UnclipError("the second CLIP reads captions with open_clip's tokenizer, which the page does not have: give one of `unclip train clip`")
+    if not isinstance(clip.tokenizer, Tokenizer):
+        raise UnclipError(
+            "the second CLIP reads captions with open_clip's tokenizer, which the page does not have: give one of `unclip train clip`"
+        )
     words, s = ["a red star", "a large blue ring", "two hearts"][:rows], clip.config.image_size
-    return {f"{prefix}_text": GraphSpec(ClipText(clip), {"tokens": clip.tokenizer.encode(words)}, ["zt", "text"]),
-            f"{prefix}_image": GraphSpec(ClipImage(clip), {"images": randn((rows, 3, s, s), generator("second", rows))}, ["zi"])}
+    return {
+        f"{prefix}_text": GraphSpec(ClipText(clip), {"tokens": clip.tokenizer.encode(words)},
+                                    ["zt", "text"]),
+        f"{prefix}_image": GraphSpec(ClipImage(clip),
+                                     {"images": randn(
+                                         (rows, 3, s, s), generator("second", rows))}, ["zi"])
+    }
 
 # %% ../nbs/21_export.ipynb #50289ff1
 class Exported:
@@ -344,39 +420,61 @@ class Exported:
         "The diffusion prior, unguided."
         cache, = self.run["prior_prefix"](text=text, zt=zt)
         schedule = self.model.prior.schedule
-        return lambda x, t: predict(schedule, "x0", self.run["prior_step"](cache=cache, zi_t=x, t=t)[0], x, t)
+        return lambda x, t: predict(schedule, "x0", self.run["prior_step"]
+                                    (cache=cache, zi_t=x, t=t)[0], x, t)
 
     def decoder_denoiser(self, zi:Tensor, tokens:Tensor, guidance:float=2.0) -> Denoise:
         "The decoder under guidance: conditions once, then a step for both branches."
         b, dec = len(zi), self.model.decoder
         keep = torch.arange(2 * b) < b
-        heard = self.run["decoder_condition"](zi=torch.cat([zi, zi]), keep=keep, tokens=torch.cat([tokens, tokens * 0]))
+        heard = self.run["decoder_condition"](zi=torch.cat([zi, zi]),
+                                              keep=keep,
+                                              tokens=torch.cat([tokens, tokens * 0]))
         heard = dict(zip(["vector", *(f"kv{i}" for i in range(len(heard) - 1))], heard))
         def denoise(x, t):
             out, = self.run["decoder_step"](x_t=torch.cat([x, x]), t=torch.cat([t, t]), **heard)
-            return guided(*(predict(dec.schedule, dec.config.target, o, x, t) for o in out.chunk(2)), guidance)
+            return guided(
+                *(predict(dec.schedule, dec.config.target, o, x, t) for o in out.chunk(2)),
+                guidance)
         return denoise
 
     def upsampler_denoiser(self, low_res:Tensor) -> Denoise:
         "The first upsampler."
         up = self.model.upsampler1
-        return lambda x, t: predict(up.schedule, up.config.target, self.run["upsampler1_step"](x_t=x, t=t, low_res=low_res)[0], x, t)
+        return lambda x, t: predict(up.schedule, up.config.target, self.run["upsampler1_step"]
+                                    (x_t=x, t=t, low_res=low_res)[0], x, t)
 
-    def generate(self, captions:list[str], seed:int=0, steps:int=20, guidance:float=2.0, up_steps:int=4) -> Tensor:
+    def generate(self,
+                 captions: list[str],
+                 seed: int = 0,
+                 steps: int = 20,
+                 guidance: float = 2.0,
+                 up_steps: int = 4) -> Tensor:
         "Pictures for captions with the noise of `UnCLIP.generate(captions, prior=\"diffusion\", seed=seed)`, one each."
         model, n = self.model, len(captions)
-        gens = {k: [generator(seed, k, 0) for _ in captions] for k in ("prior", "decoder", "upsampler1")}
+        gens = {
+            k: [generator(seed, k, 0) for _ in captions]
+            for k in ("prior", "decoder", "upsampler1")
+        }
         tokens = model.clip.tokenizer.encode(captions)
         zt, text = self.run["clip_text"](tokens=tokens)
         two = [g for g in gens["prior"] for _ in range(2)]
         denoise = self.prior_denoiser(text.repeat_interleave(2, 0), zt.repeat_interleave(2, 0))
-        x = ddim_sample(denoise, randn((2 * n, zt.shape[1]), two), model.prior.schedule, 64, generator=two, clip=False)
+        x = ddim_sample(denoise,
+                        randn((2 * n, zt.shape[1]), two),
+                        model.prior.schedule,
+                        64,
+                        generator=two,
+                        clip=False)
         draws = F.normalize(model.prior.stats.inverse(x), dim=-1).unflatten(0, (n, 2))
         zi = draws[torch.arange(n), torch.einsum("bkd,bd->bk", draws, zt).argmax(1)]
         side = model.decoder.config.image_size
-        x = dpm_sample(self.decoder_denoiser(zi, tokens, guidance), randn((n, 3, side, side), gens["decoder"]), model.decoder.schedule, steps).clamp(-1, 1)
+        x = dpm_sample(self.decoder_denoiser(zi, tokens, guidance),
+                       randn((n, 3, side, side), gens["decoder"]), model.decoder.schedule,
+                       steps).clamp(-1, 1)
         big = side * model.upsampler1.config.factor
-        return ddim_sample(self.upsampler_denoiser(x), randn((n, 3, big, big), gens["upsampler1"]), model.upsampler1.schedule, up_steps).clamp(-1, 1)
+        return ddim_sample(self.upsampler_denoiser(x), randn((n, 3, big, big), gens["upsampler1"]),
+                           model.upsampler1.schedule, up_steps).clamp(-1, 1)
 
 # %% ../nbs/21_export.ipynb #a30f0c56
 @dataclass
@@ -389,11 +487,14 @@ class Export:
 
 def export_command(c:Export):
     "The command `unclip export`."
-    for package in ("onnx", "onnxruntime"): need(package)
+    for package in ("onnx", "onnxruntime"):
+        need(package)
     second = CLIP.from_pretrained(c.second_clip) if c.second_clip else None
     facts = export(UnCLIP.from_pretrained(c.weights, device="cpu"), c.out, second, c.half)
     size = sum(f.stat().st_size for f in Path(c.out).iterdir() if f.is_file())
     worst = max(g["apart"] for g in facts["graphs"].values())
-    print(f"{len(facts['graphs'])} graphs in {c.out}, {size / 1e6:.1f} MB; at most {worst:.0e} from PyTorch in a step")
+    print(
+        f"{len(facts['graphs'])} graphs in {c.out}, {size / 1e6:.1f} MB; at most {worst:.0e} from PyTorch in a step"
+    )
 
 COMMANDS = {"export": (Export, export_command)}

@@ -16,7 +16,8 @@ from .diffusion import Denoise, Schedule, Steps, check_steps, even_snr, respace
 # %% ../nbs/14_inversion.ipynb #decb7a85
 def _move(x:Tensor, eps:Tensor, abar_from:float, abar_to:float) -> Tensor:
     "The state at another noise level, if `eps` is the noise in it: a DDIM step without dice, in either direction."
-    return abar_to ** 0.5 * (x - (1 - abar_from) ** 0.5 * eps) / abar_from ** 0.5 + (1 - abar_to) ** 0.5 * eps     # eq. 3
+    return abar_to**0.5 * (x - (1 - abar_from)**0.5 * eps) / abar_from**0.5 + (
+        1 - abar_to)**0.5 * eps  # eq. 3
 
 # %% ../nbs/14_inversion.ipynb #3688eb3a
 CONVENTIONS = ("target", "current")
@@ -24,7 +25,8 @@ CONVENTIONS = ("target", "current")
 def _walk(schedule:Schedule, steps:Steps) -> list[tuple[int, float, float]]:
     "The sampler's timesteps, cleanest first: each with abar there and at the next cleaner one (1 before the first)."
     check_steps(schedule.T, steps)
-    ts = even_snr(schedule, int(steps[3:])) if isinstance(steps, str) and steps[:3] == "snr" and steps[3:].isdigit() else respace(schedule.T, steps)
+    ts = even_snr(schedule, int(steps[3:])) if isinstance(
+        steps, str) and steps[:3] == "snr" and steps[3:].isdigit() else respace(schedule.T, steps)
     abar = [1.0] + [schedule.abar[t].item() for t in ts[::-1]]
     return list(zip(ts[::-1], abar[1:], abar))
 
@@ -50,15 +52,22 @@ def ddim_invert(
     """The noise x_T from which `ddim_sample(denoise, x_T, schedule, steps, clip=False)` draws x0: DDIM's differential equation in reverse
     (Diffusion Models Beat GANs, appendix F). x0-hat is never clipped. Raises `UnclipError` for an unknown convention or bad steps."""
     choice("inversion convention", convention, CONVENTIONS)
-    refine, start = number("refine", refine, low=0, high=1000, whole=True), number("start", start, low=0, whole=True)
+    refine, start = number("refine", refine, low=0, high=1000, whole=True), number("start",
+                                                                                   start,
+                                                                                   low=0,
+                                                                                   whole=True)
     walk = _walk(schedule, steps)
     below = [] if from_clean else [step for step in walk if step[0] <= start]
-    if len(below) == len(walk): raise UnclipError(f"inversion starts at {start}, and the noisiest of its timesteps is {walk[-1][0]}: start further down")
+    if len(below) == len(walk):
+        raise UnclipError(
+            f"inversion starts at {start}, and the noisiest of its timesteps is {walk[-1][0]}: start further down"
+        )
     x, now, walk = x0, (below[-1:] or walk)[0][0], walk[len(below):len(walk) - skip_last]
     label = progress if isinstance(progress, str) else None
     for t, abar, prev in tqdm(walk, desc=label, leave=False, disable=not progress):
         ask = lambda y, t=t: denoise(y, torch.full((len(y),), t, dtype=torch.long, device=y.device))
         y = _move(x, ask(x, t if convention == "target" else now).eps, prev, abar)
-        for _ in range(refine): y = _refined(y, x, ask, abar, prev)
+        for _ in range(refine):
+            y = _refined(y, x, ask, abar, prev)
         x, now = y, t
     return x

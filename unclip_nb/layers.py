@@ -25,13 +25,16 @@ class KVCache:
         append:bool=True, # keep them?
     ) -> tuple[Tensor, Tensor]:
         "The stored keys and values followed by the new ones."
-        if self.k is not None: k, v = torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
-        if append: self.k, self.v = k, v
+        if self.k is not None:
+            k, v = torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
+        if append:
+            self.k, self.v = k, v
         return k, v
 
     def repeat(self, n:int) -> "KVCache":
         "Each row `n` times, row-major: one caption's cache for `n` draws."
-        return KVCache() if self.k is None else KVCache(self.k.repeat_interleave(n, 0), self.v.repeat_interleave(n, 0))
+        return KVCache() if self.k is None else KVCache(self.k.repeat_interleave(n, 0),
+                                                        self.v.repeat_interleave(n, 0))
 
 # %% ../nbs/03_layers.ipynb #330e43af
 class Attention(nn.Module):
@@ -41,7 +44,8 @@ class Attention(nn.Module):
         heads:int, # that look at once, each at width / heads numbers
     ):
         super().__init__()
-        if width % heads: raise ValueError(f"{heads} heads don't divide a width of {width}")
+        if width % heads:
+            raise ValueError(f"{heads} heads don't divide a width of {width}")
         self.heads = heads
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
@@ -54,10 +58,13 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "b n w"]:
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         past = len(cache) if cache is not None else 0
-        if cache is not None: k, v = cache.join(k, v, append)
+        if cache is not None:
+            k, v = cache.join(k, v, append)
         mask, fast = None, causal and not past and keep is None
-        if causal and not fast and x.shape[1] > 1: mask = torch.ones(x.shape[1], k.shape[2], dtype=torch.bool, device=x.device).tril(past)
-        if keep is not None: mask = keep[:, None, None] if mask is None else mask & keep[:, None, None]
+        if causal and not fast and x.shape[1] > 1:
+            mask = torch.ones(x.shape[1], k.shape[2], dtype=torch.bool, device=x.device).tril(past)
+        if keep is not None:
+            mask = keep[:, None, None] if mask is None else mask & keep[:, None, None]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=fast)
         return self.out(rearrange(out, "b h n d -> b n (h d)"))
 
@@ -72,10 +79,15 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, mlp_ratio * width), nn.GELU(), nn.Linear(mlp_ratio * width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, mlp_ratio * width), nn.GELU(),
+                                 nn.Linear(mlp_ratio * width, width))
 
-    def forward(self, x:Float[Tensor, "b n w"], cache:KVCache|None=None, causal:bool=True, append:bool=True,
-                keep:Bool[Tensor, "b m"]|None=None) -> Float[Tensor, "b n w"]:
+    def forward(self,
+                x: Float[Tensor, "b n w"],
+                cache: KVCache | None = None,
+                causal: bool = True,
+                append: bool = True,
+                keep: Bool[Tensor, "b m"] | None = None) -> Float[Tensor, "b n w"]:
         "Arguments as in `Attention`."
         x = x + self.attention(self.norm1(x), cache, causal, append, keep)
         return x + self.mlp(self.norm2(x))
@@ -95,9 +107,12 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(width) if final_norm else nn.Identity()
         for b in self.blocks: # CLIP's start
             reads, writes = (b.attention.qkv, b.mlp[0]), (b.attention.out, b.mlp[2])
-            for m, std in zip(reads, (width**-0.5, (2 * width)**-0.5)): nn.init.normal_(m.weight, std=std)
-            for m in writes: nn.init.normal_(m.weight, std=(2 * layers * width)**-0.5)
-            for m in reads + writes: nn.init.zeros_(m.bias)
+            for m, std in zip(reads, (width**-0.5, (2 * width)**-0.5)):
+                nn.init.normal_(m.weight, std=std)
+            for m in writes:
+                nn.init.normal_(m.weight, std=(2 * layers * width)**-0.5)
+            for m in reads + writes:
+                nn.init.zeros_(m.bias)
 
     def make_cache(self) -> list[KVCache]:
         "An empty cache for each block."
@@ -110,7 +125,8 @@ class Transformer(nn.Module):
         append:bool=True,               # do the new tokens stay in the cache?
         keep:Bool[Tensor, "b m"]|None=None, # which tokens, old and new, may be looked at; all by default
     ) -> Float[Tensor, "b n w"]:
-        for i, block in enumerate(self.blocks): x = block(x, None if cache is None else cache[i], causal, append, keep)
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if cache is None else cache[i], causal, append, keep)
         return self.norm(x)
 
 # %% ../nbs/03_layers.ipynb #fca2bd82
@@ -121,7 +137,8 @@ def timestep_embedding(
 ) -> Float[Tensor, "b {dim}"]:
     "Sines and cosines of `t` at `dim // 2` speeds, cosines first as in GLIDE and ADM."
     half = dim // 2
-    speeds = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)  # eq. 2
+    speeds = torch.exp(-math.log(max_period) *
+                       torch.arange(half, dtype=torch.float32, device=t.device) / half)  # eq. 2
     angle = t.float()[:, None] * speeds
     return F.pad(torch.cat([angle.cos(), angle.sin()], dim=-1), (0, dim % 2))
 

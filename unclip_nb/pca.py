@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from fastcore.basics import patch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from .core import ExactBuffers, UnclipError, choice, number
 
 # %% ../nbs/06_pca.ipynb #11ac6ac9
@@ -20,10 +20,12 @@ def moments(
     "Mean and covariance of a stream, in float64 on the CPU (Chan's merging of batches)."
     n, mean, scatter = 0, torch.zeros(0), torch.zeros(0, 0)
     for z in batches:
-        if len(z) == 0: continue
+        if len(z) == 0:
+            continue
         z = z.detach().cpu().double()
         m, own = len(z), z.mean(0)
-        if n == 0: mean, scatter = torch.zeros_like(own), z.new_zeros(z.shape[1], z.shape[1])
+        if n == 0:
+            mean, scatter = torch.zeros_like(own), z.new_zeros(z.shape[1], z.shape[1])
         shift, centred = own - mean, z - own
         scatter = scatter + centred.T @ centred + n * m / (n + m) * shift.outer(shift)      # eq. 2
         n, mean = n + m, mean + m / (n + m) * shift
@@ -37,17 +39,22 @@ class PCA(ExactBuffers):
     ):
         super().__init__()
         d = dim or 0
-        for name, shape in (("mean", (d,)), ("components", (d, d)), ("variances", (d,))): self.register_buffer(name, torch.zeros(shape, dtype=torch.float32))
+        for name, shape in (("mean", (d,)), ("components", (d, d)), ("variances", (d,))):
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float32))
 
     @property
     def fitted(self) -> bool: return bool(self.components.any())      # zeros as built; `fit` or loaded weights fill them
 
     def check(self, k:int, d:int):
         "Raise `UnclipError` before `fit`, for embeddings of another length, and for more components than there are."
-        if not self.fitted: raise UnclipError("this PCA knows no directions yet: call fit first, or load weights")
-        if d != len(self.mean): raise UnclipError(f"this PCA was fitted to embeddings of length {len(self.mean)}, not {d}")
+        if not self.fitted:
+            raise UnclipError("this PCA knows no directions yet: call fit first, or load weights")
+        if d != len(self.mean):
+            raise UnclipError(
+                f"this PCA was fitted to embeddings of length {len(self.mean)}, not {d}")
         k = number("the number of components", k, whole=True)
-        if not 0 <= k <= d: raise UnclipError(f"{k} components of embeddings of length {d}: ask for at most {d}")
+        if not 0 <= k <= d:
+            raise UnclipError(f"{k} components of embeddings of length {d}: ask for at most {d}")
 
 # %% ../nbs/06_pca.ipynb #3d9bfcb5
 @patch
@@ -60,15 +67,23 @@ def fit_batches(
     n, mean, cov = moments(batches)
     d = len(mean) or len(self.mean)
     k = d if k is None else number("the number of components", k, low=0, whole=True)
-    if len(self.mean) not in (0, d): raise UnclipError(f"this PCA was built for embeddings of length {len(self.mean)}, not {d}")
-    if k > d: raise UnclipError(f"{k} components of embeddings of length {d}: ask for at most {d}")
-    if n < max(k, 1): raise UnclipError(f"{n} embeddings are too few for {k} components: give at least {max(k, 1)}, or ask for fewer components")
-    if not cov.isfinite().all(): raise UnclipError("the embeddings hold NaN or infinity: leave those rows out")
+    if len(self.mean) not in (0, d):
+        raise UnclipError(f"this PCA was built for embeddings of length {len(self.mean)}, not {d}")
+    if k > d:
+        raise UnclipError(f"{k} components of embeddings of length {d}: ask for at most {d}")
+    if n < max(k, 1):
+        raise UnclipError(
+            f"{n} embeddings are too few for {k} components: give at least {max(k, 1)}, or ask for fewer components"
+        )
+    if not cov.isfinite().all():
+        raise UnclipError("the embeddings hold NaN or infinity: leave those rows out")
     variances, directions = torch.linalg.eigh(cov)                                           # eq. 1
     rows = directions.T.flip(0)
     large = rows.abs() > (1 - 1e-6) * rows.abs().amax(1, keepdim=True)                       # ties: the first of the largest entries
     rows = rows * rows.gather(1, large.int().argmax(1, keepdim=True)).sign()
-    self.mean, self.components, self.variances = (x.to(self.mean).contiguous() for x in (mean, rows, variances.flip(0).clamp(min=0)))
+    self.mean, self.components, self.variances = (x.to(self.mean).contiguous()
+                                                  for x in (mean, rows,
+                                                            variances.flip(0).clamp(min=0)))
     return self
 
 @patch
@@ -88,9 +103,11 @@ def transform(
     k:int|None=None,        # leading components wanted; all by default
 ) -> Float[Tensor, "b k"]:
     "How far each embedding lies from the mean along the first k directions. Raises `UnclipError` before `fit`, for k above d and another length."
-    if not isinstance(z, Tensor) or z.ndim < 1: raise UnclipError("embeddings must be a tensor (b, d)")
+    if not isinstance(z, Tensor) or z.ndim < 1:
+        raise UnclipError("embeddings must be a tensor (b, d)")
     self.check(len(self.mean) if k is None else k, z.shape[-1])
-    with torch.autocast(z.device.type, enabled=False): return (z.to(self.mean) - self.mean) @ self.components[:k].T       # eq. 3
+    with torch.autocast(z.device.type, enabled=False):
+        return (z.to(self.mean) - self.mean) @ self.components[:k].T       # eq. 3
 
 @patch
 def inverse(
@@ -99,7 +116,8 @@ def inverse(
 ) -> Float[Tensor, "b d"]:
     "Back to an embedding, the directions that `y` lacks at their mean. Not normalised. Raises `UnclipError` before `fit` and for k above d."
     self.check(y.shape[-1], len(self.mean))
-    with torch.autocast(y.device.type, enabled=False): return self.mean + y.to(self.mean) @ self.components[:y.shape[-1]]  # eq. 4
+    with torch.autocast(y.device.type, enabled=False):
+        return self.mean + y.to(self.mean) @ self.components[:y.shape[-1]]  # eq. 4
 
 @patch
 def truncate(
@@ -130,8 +148,13 @@ def bucket_edges(
 ) -> Float[Tensor, "k {buckets}+1"]:
     "The borders of each column's buckets, from its smallest value to its largest. Raises `UnclipError` for an unknown kind."
     choice("kind of buckets", kind, ("uniform", "quantile"))
-    y, at = y.double().sort(0).values.T.contiguous(), torch.linspace(0, 1, buckets + 1, dtype=torch.float64, device=y.device)
-    if kind == "uniform": return y[:, :1].lerp(y[:, -1:], at).float()
+    y, at = y.double().sort(0).values.T.contiguous(), torch.linspace(0,
+                                                                     1,
+                                                                     buckets + 1,
+                                                                     dtype=torch.float64,
+                                                                     device=y.device)
+    if kind == "uniform":
+        return y[:, :1].lerp(y[:, -1:], at).float()
     at = at * (y.shape[1] - 1)                                        # a place in the sorted values, between two of them
     low = at.long()
     return y[:, low].lerp(y[:, at.ceil().long()], at - low).float()
@@ -142,7 +165,8 @@ def to_codes(
     edges:Float[Tensor, "k m"],         # of each column's m - 1 buckets, ascending
 ) -> Int[Tensor, "b k"]:
     "The bucket that each value falls into, 0 to buckets - 1. Values beyond the ends belong to the end buckets."
-    return torch.searchsorted(edges[:, 1:-1].contiguous(), y.T.contiguous(), right=True).T.contiguous()
+    return torch.searchsorted(edges[:, 1:-1].contiguous(), y.T.contiguous(),
+                              right=True).T.contiguous()
 
 # %% ../nbs/06_pca.ipynb #473c07dc
 def bucket_centres(
@@ -152,10 +176,13 @@ def bucket_centres(
 ) -> Float[Tensor, "k m-1"]:
     "The value that stands for each bucket."
     middle = (edges[:, :-1] + edges[:, 1:]) / 2
-    if kind == "uniform": return middle
+    if kind == "uniform":
+        return middle
     codes = to_codes(y, edges).T
-    sums = torch.zeros(middle.shape, dtype=torch.float64, device=y.device).scatter_add_(1, codes, y.T.double())
-    counts = torch.zeros_like(sums).scatter_add_(1, codes, torch.ones_like(y.T, dtype=torch.float64))
+    sums = torch.zeros(middle.shape, dtype=torch.float64,
+                       device=y.device).scatter_add_(1, codes, y.T.double())
+    counts = torch.zeros_like(sums).scatter_add_(1, codes, torch.ones_like(y.T,
+                                                                           dtype=torch.float64))
     return torch.where(counts > 0, sums / counts.clamp(min=1), middle).float()
 
 # %% ../nbs/06_pca.ipynb #67a4bbea
@@ -170,8 +197,11 @@ class PCAQuantizer(ExactBuffers):
         super().__init__()
         choice("kind of buckets", kind, ("uniform", "quantile"))
         k, buckets = number("k", k, whole=True), number("buckets", buckets, whole=True)
-        if k < 1 or buckets < 1: raise UnclipError(f"{k} components in {buckets} buckets: give at least one of each")
-        if dim is not None and k > dim: raise UnclipError(f"{k} components of embeddings of length {dim}: ask for at most {dim}")
+        if k < 1 or buckets < 1:
+            raise UnclipError(f"{k} components in {buckets} buckets: give at least one of each")
+        if dim is not None and k > dim:
+            raise UnclipError(
+                f"{k} components of embeddings of length {dim}: ask for at most {dim}")
         self.k, self.buckets, self.kind, self.pca = k, buckets, kind, PCA(dim)
         self.register_buffer("edges", torch.zeros(k, buckets + 1, dtype=torch.float32))
         self.register_buffer("centres", torch.zeros(k, buckets, dtype=torch.float32))
@@ -186,7 +216,10 @@ def fit(
     batches = [z] if torch.is_tensor(z) else z
     self.pca.fit_batches(batches, self.k)
     y = [self.pca.transform(b.to(self.edges.device), self.k) for b in batches if len(b)]
-    if not y: raise UnclipError("the batches could be gone through only once: give a list or a data set, not a generator")
+    if not y:
+        raise UnclipError(
+            "the batches could be gone through only once: give a list or a data set, not a generator"
+        )
     y = torch.cat(y)
     edges = bucket_edges(y, self.buckets, self.kind)
     self.edges, self.centres = edges, bucket_centres(y, edges, self.kind)
@@ -206,7 +239,12 @@ def decode(
     codes:Int[Tensor, "b k"], # 0 to buckets - 1
 ) -> Float[Tensor, "b d"]:
     "The embedding that these codes stand for. **Not** of unit norm: normalise it. Raises `UnclipError` for codes that don't exist."
-    if codes.shape[-1] != self.k: raise UnclipError(f"{codes.shape[-1]} codes an embedding for a quantiser of {self.k} components: give {self.k}")
+    if codes.shape[-1] != self.k:
+        raise UnclipError(
+            f"{codes.shape[-1]} codes an embedding for a quantiser of {self.k} components: give {self.k}"
+        )
     if codes.numel() and not 0 <= codes.min() <= codes.max() < self.buckets:
-        raise UnclipError(f"codes from {int(codes.min())} to {int(codes.max())} in a quantiser of {self.buckets} buckets: give 0 to {self.buckets - 1}")
+        raise UnclipError(
+            f"codes from {int(codes.min())} to {int(codes.max())} in a quantiser of {self.buckets} buckets: give 0 to {self.buckets - 1}"
+        )
     return self.pca.inverse(self.centres.T.gather(0, codes))

@@ -7,8 +7,8 @@ __all__ = ['STAGES', 'PRIORS', 'INDEX', 'find_system', 'wanted_files', 'stages_i
            'row_generators', 'Latent', 'explore_priors']
 
 # %% ../nbs/15_pipeline.ipynb #be33a32b
-import importlib, json
-from collections.abc import Iterable
+import importlib
+import json
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +17,25 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from .ar_prior import ARPrior
 from .clip import CLIP
-from .core import (
-    UnclipError, as_images, as_picture, check_generators, choice, data_path, expand, generator,
-    load_image, number, pick_device, refuse_options, resize)
+from unclip_nb.core import (
+    UnclipError,
+    as_images,
+    as_picture,
+    check_generators,
+    choice,
+    data_path,
+    expand,
+    generator,
+    load_image,
+    number,
+    pick_device,
+    refuse_options,
+    resize,
+)
 from .decoder import Decoder
 from .diffusion import Steps, check_steps
 from .diffusion_prior import DiffusionPrior
@@ -33,7 +45,10 @@ from .train import LOADING, atomic_file, check_dtype, local_folder, only_writes,
 from .upsampler import Upsampler, Upsampler2
 
 # %% ../nbs/15_pipeline.ipynb #eb083671
-STAGES = {"clip": CLIP, "prior": DiffusionPrior, "ar_prior": ARPrior, "decoder": Decoder, "upsampler1": Upsampler, "upsampler2": Upsampler2}
+STAGES = {
+    "clip": CLIP, "prior": DiffusionPrior, "ar_prior": ARPrior, "decoder": Decoder,
+    "upsampler1": Upsampler, "upsampler2": Upsampler2
+}
 PRIORS = {"diffusion": "prior", "ar": "ar_prior"}       # what `generate(prior=...)` calls them
 INDEX = "unclip.json"
 
@@ -44,10 +59,16 @@ def find_system(
 ) -> Path:
     "The folder of a system. Raises `UnclipError` where there is none."
     path = expand(name)
-    if path.is_dir(): return path
-    if "/" in str(name): return local_folder(name, **hub)
-    try: return data_path(str(name))
-    except UnclipError: raise UnclipError(f"no weights called {str(name)!r}: give 'tiny', a folder that `unclip train` wrote, or a hub id") from None
+    if path.is_dir():
+        return path
+    if "/" in str(name):
+        return local_folder(name, **hub)
+    try:
+        return data_path(str(name))
+    except UnclipError:
+        raise UnclipError(
+            f"no weights called {str(name)!r}: give 'tiny', a folder that `unclip train` wrote, or a hub id"
+        ) from None
 
 # %% ../nbs/15_pipeline.ipynb #c41ad006
 def wanted_files(
@@ -56,18 +77,24 @@ def wanted_files(
 ) -> dict[str, tuple[str, ...]]:
     "What is fetched of a system on the hub, and what is left there: each part's weights once, and never a pickle."
     weights = f"*.{variant}.safetensors" if variant else "*.safetensors"
-    others = () if variant else ("*.fp16.safetensors", "*.bf16.safetensors", "*.non_ema.safetensors")
+    others = () if variant else ("*.fp16.safetensors", "*.bf16.safetensors",
+                                 "*.non_ema.safetensors")
     return dict(files=("*.json", "*.txt", weights), leave=others + (() if prior else ("prior/*",)))
 
 # %% ../nbs/15_pipeline.ipynb #32702460
 def stages_in(folder:Path) -> list[str]:
     "The stages of a system: those that its index names, all that are there where it has none. Raises `UnclipError` for a broken index."
     there = [k for k in STAGES if (folder/k/"config.json").exists()]
-    if not (folder/INDEX).exists(): return there
-    try: named = json.loads((folder/INDEX).read_text())["stages"]
-    except (OSError, ValueError, LookupError, TypeError): named = None
+    if not (folder/INDEX).exists():
+        return there
+    try:
+        named = json.loads((folder/INDEX).read_text())["stages"]
+    except (OSError, ValueError, LookupError, TypeError):
+        named = None
     if not isinstance(named, list) or any(k not in STAGES for k in named):
-        raise UnclipError(f"{folder/INDEX} is damaged or of another version: remove it to use every stage that is there")
+        raise UnclipError(
+            f"{folder/INDEX} is damaged or of another version: remove it to use every stage that is there"
+        )
     return [k for k in there if k in named]
 
 class UnCLIP(nn.Module):
@@ -84,10 +111,12 @@ class UnCLIP(nn.Module):
         super().__init__()
         self.clip, self.prior, self.ar_prior, self.decoder, self.upsampler1, self.upsampler2 = clip, prior, ar_prior, decoder, upsampler1, upsampler2
         for name, stage in self.stages.items():
-            made_for = getattr(stage.config, "clip_fingerprint", clip.fingerprint) if name != "clip" else clip.fingerprint
+            made_for = getattr(stage.config, "clip_fingerprint",
+                               clip.fingerprint) if name != "clip" else clip.fingerprint
             if made_for != clip.fingerprint:
-                raise UnclipError(f"the {name} was trained with CLIP {made_for or '(none)'}, not with this CLIP {clip.fingerprint}: "
-                                  f"load the CLIP it belongs to, or train the {name} again")
+                raise UnclipError(
+                    f"the {name} was trained with CLIP {made_for or '(none)'}, not with this CLIP {clip.fingerprint}: "
+                    f"load the CLIP it belongs to, or train the {name} again")
         self.offload = None                  # a device: stages visit it one after the other, see `working`
         self.eval().requires_grad_(False)
 
@@ -108,41 +137,64 @@ class UnCLIP(nn.Module):
         **unknown,
     ) -> "UnCLIP":
         "Load a system. Raises `UnclipError` for an unknown option, and for what is missing or does not belong together."
-        refuse_options("from_pretrained", unknown, (*LOADING, "variant", "prior", "clip", "offload"))
+        refuse_options("from_pretrained", unknown,
+                       (*LOADING, "variant", "prior", "clip", "offload"))
         dtype, where = check_dtype(dtype), pick_device("auto" if device is None else device)
-        hub = dict(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+        hub = dict(revision=revision,
+                   token=token,
+                   cache_dir=cache_dir,
+                   local_files_only=local_files_only)
         folder = find_system(name, **hub, **wanted_files(variant, prior))
         if (folder/"model_index.json").is_file():          # diffusers' format: notebook 20, named only here so that this one stands alone
             load = importlib.import_module("unclip_nb.pretrained").from_diffusers
-            return load(folder, prior=prior, clip=clip, dtype=dtype, variant=variant, device=where, offload=offload)
-        if variant or clip: raise UnclipError(f"variant and clip are for folders of diffusers, and {folder} is none: leave them out")
+            return load(folder,
+                        prior=prior,
+                        clip=clip,
+                        dtype=dtype,
+                        variant=variant,
+                        device=where,
+                        offload=offload)
+        if variant or clip:
+            raise UnclipError(
+                f"variant and clip are for folders of diffusers, and {folder} is none: leave them out"
+            )
         names = stages_in(folder)
         missing = [k for k in ("clip", "prior", "decoder") if k not in names]
-        if "ar_prior" in names: missing = [k for k in missing if k != "prior"]      # one prior is enough
-        if missing: raise UnclipError(f"{folder} lacks {', '.join(missing)}: train with `unclip train {missing[0]} --out {folder}`")
+        if "ar_prior" in names:
+            missing = [k for k in missing if k != "prior"]      # one prior is enough
+        if missing:
+            raise UnclipError(
+                f"{folder} lacks {', '.join(missing)}: train with `unclip train {missing[0]} --out {folder}`"
+            )
         home = "cpu" if offload else where
         stages = {k: STAGES[k].from_pretrained(folder/k, dtype=dtype, device=home) for k in names}
         model = cls(**{"prior": None} | stages)
-        if offload: model.offload = where
+        if offload:
+            model.offload = where
         return model
 
     @property
     def device(self) -> torch.device: return self.offload or next(self.decoder.parameters()).device
     @property
-    def stages(self) -> dict[str, nn.Module]: return {k: getattr(self, k) for k in STAGES if getattr(self, k) is not None}
+    def stages(self) -> dict[str, nn.Module]:
+        return {k: getattr(self, k) for k in STAGES if getattr(self, k) is not None}
 
 # %% ../nbs/15_pipeline.ipynb #c41ad005
 @patch
 @contextmanager
 def working(self:UnCLIP, *names:str):
     "Within, the stages of these names are where the arithmetic is done. It moves nothing unless the system was loaded with `offload=True`."
-    if not self.offload: yield; return
+    if not self.offload:
+        yield
+        return
     stages = [s for k, s in self.stages.items() if k in names]
     try:
-        for s in stages: s.to(self.device)
+        for s in stages:
+            s.to(self.device)
         yield
     finally:
-        for s in stages: s.to("cpu")
+        for s in stages:
+            s.to("cpu")
 
 # %% ../nbs/15_pipeline.ipynb #c31061cf
 @patch
@@ -155,19 +207,25 @@ def save_pretrained(self:UnCLIP,
     Raises `UnclipError` for an unknown option and when the disk refuses."""
     only_writes(options)
     folder, dtype = expand(folder), check_dtype(dtype)
-    with writing(folder): folder.mkdir(parents=True, exist_ok=True)
-    for k, stage in self.stages.items(): stage.save_pretrained(folder/k, dtype=dtype)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for k, stage in self.stages.items():
+        stage.save_pretrained(folder/k, dtype=dtype)
     index = {"format": 1, "stages": list(self.stages), "clip": self.clip.fingerprint}
-    with atomic_file(folder/INDEX) as part: part.write_text(json.dumps(index, indent=1))
+    with atomic_file(folder/INDEX) as part:
+        part.write_text(json.dumps(index, indent=1))
 
 # %% ../nbs/15_pipeline.ipynb #c41ad007
 def system_card(model:UnCLIP, repo_id:str) -> str:
     "The card of a system: what it is made of, and how it is loaded."
-    rows = "".join(f"| {k} | {type(s).__name__} | {sum(p.numel() for p in s.parameters()):,} |\n" for k, s in model.stages.items())
-    return (f"---\nlibrary_name: unclip_nb\npipeline_tag: text-to-image\ntags:\n- unclip\n- text-to-image\n---\n\n# {repo_id}\n\n"
-            f"A whole unCLIP system. It draws pictures of {', '.join(map(str, model.sizes))} px.\n\n"
-            f"| stage | class | parameters |\n|---|---|---:|\n{rows}\n```python\nfrom unclip_nb.pipeline import UnCLIP\n"
-            f"model = UnCLIP.from_pretrained(\"{repo_id}\")\npictures = model.generate(\"a caption\")\n```\n")
+    rows = "".join(f"| {k} | {type(s).__name__} | {sum(p.numel() for p in s.parameters()):,} |\n"
+                   for k, s in model.stages.items())
+    return (
+        f"---\nlibrary_name: unclip_nb\npipeline_tag: text-to-image\ntags:\n- unclip\n- text-to-image\n---\n\n# {repo_id}\n\n"
+        f"A whole unCLIP system. It draws pictures of {', '.join(map(str, model.sizes))} px.\n\n"
+        f"| stage | class | parameters |\n|---|---|---:|\n{rows}\n```python\nfrom unclip_nb.pipeline import UnCLIP\n"
+        f"model = UnCLIP.from_pretrained(\"{repo_id}\")\npictures = model.generate(\"a caption\")\n```\n"
+    )
 
 @patch
 def push_to_hub(self:UnCLIP,
@@ -181,7 +239,8 @@ def push_to_hub(self:UnCLIP,
     "Upload the whole system with its card, in one commit. Raises `UnclipError` where the hub refuses."
     from tempfile import TemporaryDirectory
     from huggingface_hub import HfApi
-    if str(repo_id).count("/") != 1: raise UnclipError(f"{repo_id!r} is no hub id: give someone/some-model")
+    if str(repo_id).count("/") != 1:
+        raise UnclipError(f"{repo_id!r} is no hub id: give someone/some-model")
     with TemporaryDirectory() as tmp:
         folder = Path(tmp)/"system"
         self.save_pretrained(folder, dtype=dtype)
@@ -189,8 +248,13 @@ def push_to_hub(self:UnCLIP,
         try:
             hub = HfApi(token=token)
             hub.create_repo(repo_id, private=private, exist_ok=True)
-            return hub.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
-        except Exception as e: raise UnclipError(f"cannot upload to {repo_id} ({type(e).__name__}): check the name, the network and your token") from None
+            return hub.upload_folder(repo_id=repo_id,
+                                     folder_path=folder,
+                                     commit_message=commit_message)
+        except Exception as e:
+            raise UnclipError(
+                f"cannot upload to {repo_id} ({type(e).__name__}): check the name, the network and your token"
+            ) from None
 
 # %% ../nbs/15_pipeline.ipynb #2f73c5e6
 def check_captions(
@@ -198,15 +262,22 @@ def check_captions(
     empty:bool=False, # may a caption be ""?
 ) -> list[str]:
     "A list of captions with something in each. Raises `UnclipError` for what is none."
-    if isinstance(captions, str): captions = [captions]
+    if isinstance(captions, str):
+        captions = [captions]
     if not isinstance(captions, (list, tuple)):
-        raise UnclipError(f"captions are a {type(captions).__name__}: give a text, or a list of texts")
-    if not captions: raise UnclipError("no caption: give at least one")
+        raise UnclipError(
+            f"captions are a {type(captions).__name__}: give a text, or a list of texts")
+    if not captions:
+        raise UnclipError("no caption: give at least one")
     for i, c in enumerate(captions):
-        if not isinstance(c, str): raise UnclipError(f"caption {i + 1} is a {type(c).__name__}: give a text")
-        if not (empty or c.strip()): raise UnclipError(f"caption {i + 1} is empty: say what to draw")
-        try: c.encode()
-        except UnicodeEncodeError: raise UnclipError(f"caption {i + 1} holds half a character: write it again") from None
+        if not isinstance(c, str):
+            raise UnclipError(f"caption {i + 1} is a {type(c).__name__}: give a text")
+        if not (empty or c.strip()):
+            raise UnclipError(f"caption {i + 1} is empty: say what to draw")
+        try:
+            c.encode()
+        except UnicodeEncodeError:
+            raise UnclipError(f"caption {i + 1} holds half a character: write it again") from None
     return list(captions)
 
 # %% ../nbs/15_pipeline.ipynb #976ec641
@@ -216,13 +287,15 @@ def encode_image(self:UnCLIP,
     images,   # of any size, one of what `as_images` takes
 ) -> Float[Tensor, "b d"]:
     "z_i of pictures: unit norm. Raises `UnclipError` for what is no picture."
-    with self.working("clip"): return self.clip.encode_image(images)
+    with self.working("clip"):
+        return self.clip.encode_image(images)
 
 @patch
 @torch.no_grad()
 def encode_text(self:UnCLIP, captions:str|Sequence[str]) -> Float[Tensor, "b d"]:
     "z_t of captions: unit norm. Raises `UnclipError` for what is no caption."
-    with self.working("clip"): return self.clip.encode_text(check_captions(captions))
+    with self.working("clip"):
+        return self.clip.encode_text(check_captions(captions))
 
 @patch
 def as_embeddings(self:UnCLIP,
@@ -231,10 +304,13 @@ def as_embeddings(self:UnCLIP,
 ) -> Float[Tensor, "b d"]:
     "Embeddings on the system's device, in float32. Raises `UnclipError` for another shape, and for NaN."
     want = f"{name} must be ({{}}, {self.clip.dim}) floats"
-    if not isinstance(z, Tensor): raise UnclipError(f"{want.format('b')}, not a {type(z).__name__}: see encode_image")
+    if not isinstance(z, Tensor):
+        raise UnclipError(f"{want.format('b')}, not a {type(z).__name__}: see encode_image")
     if z.ndim != 2 or z.shape[1] != self.clip.dim or not len(z) or not z.is_floating_point():
-        raise UnclipError(f"{want.format('b')}, not {tuple(z.shape)} of {z.dtype}: see encode_image")
-    if not z.isfinite().all(): raise UnclipError(f"{name} hold NaN or infinity: compute them again")
+        raise UnclipError(
+            f"{want.format('b')}, not {tuple(z.shape)} of {z.dtype}: see encode_image")
+    if not z.isfinite().all():
+        raise UnclipError(f"{name} hold NaN or infinity: compute them again")
     return z.to(self.device, torch.float32)
 
 @patch
@@ -244,9 +320,12 @@ def as_noise(self:UnCLIP,
 ) -> Float[Tensor, "b 3 s s"]:
     "The noise to start from, on the system's device, in float32. Raises `UnclipError` for another shape, and for NaN."
     want = (rows, 3, *[self.decoder.config.image_size] * 2)
-    if not isinstance(x_T, Tensor): raise UnclipError(f"x_T must have shape {want}, not be a {type(x_T).__name__}")
-    if tuple(x_T.shape) != want: raise UnclipError(f"x_T must have shape {want}, not {tuple(x_T.shape)}")
-    if not x_T.is_floating_point() or not x_T.isfinite().all(): raise UnclipError("x_T must be finite floats: draw it with core.randn")
+    if not isinstance(x_T, Tensor):
+        raise UnclipError(f"x_T must have shape {want}, not be a {type(x_T).__name__}")
+    if tuple(x_T.shape) != want:
+        raise UnclipError(f"x_T must have shape {want}, not {tuple(x_T.shape)}")
+    if not x_T.is_floating_point() or not x_T.isfinite().all():
+        raise UnclipError("x_T must be finite floats: draw it with core.randn")
     return x_T.to(self.device, torch.float32)
 
 # %% ../nbs/15_pipeline.ipynb #970e0144
@@ -256,7 +335,8 @@ def sizes(self:UnCLIP) -> dict[int, list[str]]:
     side, names = self.decoder.config.image_size, []
     out = {side: []}
     for k in ("upsampler1", "upsampler2"):
-        if (stage := getattr(self, k)) is None: break
+        if (stage := getattr(self, k)) is None:
+            break
         side, names = side * stage.config.factor, [*names, k]
         out[side] = names
     return out
@@ -268,11 +348,14 @@ def upsamplers(self:UnCLIP,
 ) -> list[str]:
     "The upsamplers on the way to `size`. Raises `UnclipError` for a size that no stage draws."
     size = size if size is None else number("size", size, low=1, whole=True)
-    if size is None: return [*self.sizes.values()][:2 if upsample else 1][-1]
-    if size in self.sizes: return self.sizes[size]
+    if size is None:
+        return [*self.sizes.values()][:2 if upsample else 1][-1]
+    if size in self.sizes:
+        return self.sizes[size]
     lacks = [k for k in ("upsampler1", "upsampler2") if getattr(self, k) is None]
-    raise UnclipError(f"no stage draws pictures of {size} px: this system draws {', '.join(map(str, self.sizes))}"
-                      + (f"; train another stage with `unclip train {lacks[0]}`" if lacks else ""))
+    raise UnclipError(
+        f"no stage draws pictures of {size} px: this system draws {', '.join(map(str, self.sizes))}"
+        + (f"; train another stage with `unclip train {lacks[0]}`" if lacks else ""))
 
 # %% ../nbs/15_pipeline.ipynb #d4ac4fb9
 def row_generators(seed:int, n:int, stage:str) -> list[torch.Generator]:
@@ -299,20 +382,39 @@ def decode(
     progress:bool|str=False,
 ) -> Float[Tensor, "b 3 h w"]:
     "Pictures in [-1, 1] for image embeddings: row i's noise depends on (seed, i) only. Raises `UnclipError` for settings that cannot be."
-    zi, seed, ups = self.as_embeddings(zi), number("seed", seed, whole=True), self.upsamplers(size, upsample)
-    if x_T is not None: x_T = self.as_noise(x_T, len(zi))
-    if captions is not None: captions = check_captions(captions, empty=True)
-    if captions is not None and len(captions) != len(zi): raise UnclipError(f"{len(captions)} captions for {len(zi)} embeddings: give one each")
-    if not isinstance(generators, dict | None): raise UnclipError("generators must be a dict: a list of generators for each stage")
+    zi, seed, ups = self.as_embeddings(zi), number("seed", seed,
+                                                   whole=True), self.upsamplers(size, upsample)
+    if x_T is not None:
+        x_T = self.as_noise(x_T, len(zi))
+    if captions is not None:
+        captions = check_captions(captions, empty=True)
+    if captions is not None and len(captions) != len(zi):
+        raise UnclipError(f"{len(captions)} captions for {len(zi)} embeddings: give one each")
+    if not isinstance(generators, dict | None):
+        raise UnclipError("generators must be a dict: a list of generators for each stage")
     for k in ups:                                                              # refuse before the work, not after
-        if up_steps is not None: check_steps(getattr(self, k).config.T, up_steps)
+        if up_steps is not None:
+            check_steps(getattr(self, k).config.T, up_steps)
     gens = {k: row_generators(seed, len(zi), k) for k in ("decoder", *ups)} | (generators or {})
-    for k in ("decoder", *ups): check_generators(gens[k], len(zi))
+    for k in ("decoder", *ups):
+        check_generators(gens[k], len(zi))
     tokens = None if captions is None else self.clip.tokenizer.encode(captions)
-    with self.working("clip", "decoder"): x = self.decoder.sample(zi, tokens, guidance=guidance, steps=steps, generator=gens["decoder"], x_T=x_T, eta=eta, sampler=sampler, progress=progress)
+    with self.working("clip", "decoder"):
+        x = self.decoder.sample(zi,
+                                tokens,
+                                guidance=guidance,
+                                steps=steps,
+                                generator=gens["decoder"],
+                                x_T=x_T,
+                                eta=eta,
+                                sampler=sampler,
+                                progress=progress)
     for k in ups:
         stage = getattr(self, k)
-        with self.working(k): x = stage.sample(x, steps=stage.config.draw["steps"] if up_steps is None else up_steps, generator=gens[k])
+        with self.working(k):
+            x = stage.sample(x,
+                             steps=stage.config.draw["steps"] if up_steps is None else up_steps,
+                             generator=gens[k])
     return x
 
 # %% ../nbs/15_pipeline.ipynb #85bc0fa1
@@ -323,13 +425,17 @@ class Latent:
     x_T: Tensor     # (b, 3, s, s), for this z_i, unguided, without caption
     steps: Steps    # the sampler's, up and down
     def __len__(self): return len(self.zi)
-    def __getitem__(self, i): i = slice(i, i + 1 or None) if isinstance(i, int) else i; return Latent(self.zi[i], self.x_T[i], self.steps)
+
+    def __getitem__(self, i):
+        i = slice(i, i + 1 or None) if isinstance(i, int) else i
+        return Latent(self.zi[i], self.x_T[i], self.steps)
     def to(self, device): return Latent(self.zi.to(device), self.x_T.to(device), self.steps)
 
 # %% ../nbs/15_pipeline.ipynb #8b41d71c
 def _square(image:Float[Tensor, "3 h w"]) -> Float[Tensor, "3 s s"]:
     "The middle of a picture, as large as fits."
-    h, w = image.shape[-2:]; s = min(h, w)
+    h, w = image.shape[-2:]
+    s = min(h, w)
     return image[:, (h - s) // 2:(h - s) // 2 + s, (w - s) // 2:(w - s) // 2 + s]
 
 @patch
@@ -338,14 +444,21 @@ def squares(self:UnCLIP,
     side:int|None=None, # shrink each to this as it is read; None: leave its size
 ) -> list[Float[Tensor, "3 s s"]]:
     "Whatever pictures a user has, the middle square of each. Raises `UnclipError` for what is none."
-    if isinstance(images, (Tensor, np.ndarray)) and images.ndim != 4: images = [images]
-    elif isinstance(images, (str, Path)) or hasattr(images, "convert"): images = [images]
+    if isinstance(images, (Tensor, np.ndarray)) and images.ndim != 4:
+        images = [images]
+    elif isinstance(images, (str, Path)) or hasattr(images, "convert"):
+        images = [images]
     elif not isinstance(images, (Tensor, np.ndarray, list, tuple)):
-        raise UnclipError(f"a {type(images).__name__} is no picture: give a tensor, an array, a PIL image, a path, or a list of these")
-    if not len(images): raise UnclipError("no picture: give at least one")
-    if side is None: return [_square(as_picture(x)).to(self.device) for x in images]
+        raise UnclipError(
+            f"a {type(images).__name__} is no picture: give a tensor, an array, a PIL image, a path, or a list of these"
+        )
+    if not len(images):
+        raise UnclipError("no picture: give at least one")
+    if side is None:
+        return [_square(as_picture(x)).to(self.device) for x in images]
     small = torch.empty(len(images), 3, side, side, dtype=torch.float32)       # made first: results kept between large pictures would split the heap
-    for i, x in enumerate(images): small[i] = resize(_square(as_picture(x))[None], side)[0]
+    for i, x in enumerate(images):
+        small[i] = resize(_square(as_picture(x))[None], side)[0]
     return list(small.to(self.device))
 
 @patch
@@ -360,7 +473,8 @@ def see(self:UnCLIP,
     images,     # see `squares`
 ) -> Float[Tensor, "b d"]:
     "z_i of pictures as the decoder was trained with it: of the small picture, or of the full one at CLIP's own size."
-    if self.decoder.config.zi_of == "small": return self.encode_image(self.pictures(images))
+    if self.decoder.config.zi_of == "small":
+        return self.encode_image(self.pictures(images))
     return torch.cat([self.encode_image(x[None]) for x in self.squares(images)])
 
 @patch
@@ -385,7 +499,14 @@ def invert(self:UnCLIP,
         x = self.pictures(some)
         zi.append(self.see(some))
         with self.working("clip", "decoder"):
-            x_T.append(ddim_invert(self.decoder.denoiser(zi[-1]), x, self.decoder.schedule, steps, refine=refine, start=start, progress=progress))
+            x_T.append(
+                ddim_invert(self.decoder.denoiser(zi[-1]),
+                            x,
+                            self.decoder.schedule,
+                            steps,
+                            refine=refine,
+                            start=start,
+                            progress=progress))
     return Latent(torch.cat(zi), torch.cat(x_T), steps)
 
 # %% ../nbs/15_pipeline.ipynb #9c661d32
@@ -402,13 +523,21 @@ def sample_zi(
     "One draw of z_i from a prior for each caption, unit norm. Raises `UnclipError` for a prior that the system lacks."
     captions, seed = check_captions(captions), number("seed", seed, whole=True)
     choice("prior", prior, PRIORS)
-    if generators is not None: check_generators(generators, len(captions))
+    if generators is not None:
+        check_generators(generators, len(captions))
     stage = getattr(self, PRIORS[prior])
-    if stage is None: raise UnclipError(f"this system has no {prior} prior: train one with `unclip train {PRIORS[prior]}`")
-    if guidance is None: guidance = stage.config.draw["guidance"]
+    if stage is None:
+        raise UnclipError(
+            f"this system has no {prior} prior: train one with `unclip train {PRIORS[prior]}`")
+    if guidance is None:
+        guidance = stage.config.draw["guidance"]
     with self.working("clip", PRIORS[prior]):
-        zt, text = self.clip.encode_text_tokens(self.clip.tokenizer.encode(captions).to(self.device))
-        return stage.sample(text, zt, guidance=guidance, generator=generators or row_generators(seed, len(captions), "prior"))
+        zt, text = self.clip.encode_text_tokens(
+            self.clip.tokenizer.encode(captions).to(self.device))
+        return stage.sample(text,
+                            zt,
+                            guidance=guidance,
+                            generator=generators or row_generators(seed, len(captions), "prior"))
 
 # %% ../nbs/15_pipeline.ipynb #315b5633
 @patch
@@ -435,7 +564,10 @@ def generate(
     steps = usual["steps"] if steps is None else steps
     sampler = usual["sampler"] if sampler is None else sampler
     captions, seed = check_captions(captions), number("seed", seed, whole=True)
-    n, batch_size = number("n", n, low=1, high=100_000, whole=True), number("batch_size", batch_size, low=1, whole=True)
+    n, batch_size = number("n", n, low=1, high=100_000, whole=True), number("batch_size",
+                                                                            batch_size,
+                                                                            low=1,
+                                                                            whole=True)
     guidance = number("guidance", guidance, low=-100, high=100)
     check_steps(self.decoder.config.T, steps)
     ups = self.upsamplers(size, upsample)                                  # refuse before the work, not after
@@ -445,7 +577,16 @@ def generate(
         texts, draws = zip(*rows[k:k + batch_size])
         gens = {s: [generator(seed, s, j) for j in draws] for s in ("prior", "decoder", *ups)}
         zi = self.sample_zi(list(texts), prior, prior_guidance, generators=gens["prior"])
-        out.append(self.decode(zi, list(texts), guidance=guidance, steps=steps, sampler=sampler, upsample=upsample, size=size, generators=gens, progress=progress))
+        out.append(
+            self.decode(zi,
+                        list(texts),
+                        guidance=guidance,
+                        steps=steps,
+                        sampler=sampler,
+                        upsample=upsample,
+                        size=size,
+                        generators=gens,
+                        progress=progress))
     return torch.cat(out)
 
 # %% ../nbs/15_pipeline.ipynb #fe1e0541
@@ -462,13 +603,26 @@ def explore_priors(
     "Pictures and titles, n to a row: each prior's draws decoded, then the real pictures nearest to them; last z_t itself, decoded. For `show_images(*..., cols=n)`."
     caption, n = check_captions([caption])[0], number("n", n, low=1, high=1000, whole=True)
     pool = None if pool is None else as_images(pool, "pool")
-    if pool is None: pool = render([scene_at(i) for i in range(1024)], model.clip.config.image_size)
+    if pool is None:
+        pool = render([scene_at(i) for i in range(1024)], model.clip.config.image_size)
     real = torch.cat([model.encode_image(x) for x in pool.split(256)])
     zt = model.encode_text([caption])
-    draws = {k: model.sample_zi([caption] * n, k, seed=seed) for k, stage in PRIORS.items() if getattr(model, stage) is not None} | {"z_t": zt.expand(n, -1)}
+    draws = {
+        k: model.sample_zi([caption] * n, k, seed=seed)
+        for k, stage in PRIORS.items() if getattr(model, stage) is not None
+    } | {"z_t": zt.expand(n, -1)}
     side, pictures, titles = model.decoder.config.image_size, [], []
     for name, zi in draws.items():
         near = F.normalize(zi, dim=1) @ F.normalize(real, dim=1).T
-        pictures += [model.decode(zi, [caption] * n, guidance=guidance, steps=steps, sampler="dpm", seed=seed, upsample=False).cpu(), resize(pool[near.argmax(1).cpu()], side)]
-        titles += [f"{name}: z_i·z_t {c:.2f}" for c in torch.cosine_similarity(zi, zt)] + [f"nearest: {c:.2f}" for c in near.amax(1)]
+        pictures += [
+            model.decode(zi, [caption] * n,
+                         guidance=guidance,
+                         steps=steps,
+                         sampler="dpm",
+                         seed=seed,
+                         upsample=False).cpu(),
+            resize(pool[near.argmax(1).cpu()], side)
+        ]
+        titles += [f"{name}: z_i·z_t {c:.2f}" for c in torch.cosine_similarity(zi, zt)
+                   ] + [f"nearest: {c:.2f}" for c in near.amax(1)]
     return torch.cat(pictures), titles

@@ -13,7 +13,8 @@ __all__ = ['Names', 'RES', 'TOWER', 'OPENAI_MEAN', 'OPENAI_STD', 'FILES', 'KINDS
            'load_kandinsky_unet']
 
 # %% ../nbs/20_pretrained.ipynb #281adfec
-import gzip, json
+import gzip
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,8 +76,10 @@ def theirs(names:Names, state:dict[str, Tensor]) -> dict[str, Tensor]:
     "Our tensors under their names: the inverse of `ours`."
     out = {}
     for k, v in names.items():
-        if isinstance(v, str): out[v] = state[k]
-        else: out.update(zip(v, state[k].chunk(len(v))))
+        if isinstance(v, str):
+            out[v] = state[k]
+        else:
+            out.update(zip(v, state[k].chunk(len(v))))
     return out
 
 # %% ../nbs/20_pretrained.ipynb #5029eada
@@ -88,8 +91,10 @@ def unet_names(c:UNetConfig) -> Names:
     attends = [s in c.attention for s in c.sides]
     def step(to, of, j, cin, cout, attn=False, kind="resnets"):
         names.update(pairs(f"{to}.res", f"{of}.{kind}.{j}", RES))
-        if cin != cout: names.update(pair(f"{to}.res.skip", f"{of}.{kind}.{j}.conv_shortcut"))
-        if not attn: return
+        if cin != cout:
+            names.update(pair(f"{to}.res.skip", f"{of}.{kind}.{j}.conv_shortcut"))
+        if not attn:
+            return
         a, b = f"{to}.attn", f"{of}.attentions.{j}"
         names.update(pairs(a, b, dict(norm="group_norm", out="to_out.0"))
                      | stacked(f"{a}.qkv", b, ("to_q", "to_k", "to_v")))
@@ -106,7 +111,8 @@ def unet_names(c:UNetConfig) -> Names:
             step(f"down.{i}", f"down_blocks.{l}", 0, ch, ch, kind="downsamplers")
             i += 1
             kept.append(ch)
-    for j in range(2): step(f"middle.{j}", "mid_block", j, ch, ch, bool(c.attention) and j == 0)
+    for j in range(2):
+        step(f"middle.{j}", "mid_block", j, ch, ch, bool(c.attention) and j == 0)
     i = 0
     for u, l in enumerate(reversed(range(top + 1))):
         for j in range(c.res_blocks + 1):
@@ -343,7 +349,8 @@ class KarloDecoder(Decoder):
         mask of those that are there."""
         zt, text = self.reader.encode_text_tokens(tokens)
         zi, zt, words = (x.to(self.null_zi.dtype) for x in (zi, zt, text))
-        if keep_zi is not None: zi = torch.where(keep_zi[:, None], zi, self.null_zi)
+        if keep_zi is not None:
+            zi = torch.where(keep_zi[:, None], zi, self.null_zi)
         extra = rearrange(self.zi_to_tokens(zi), "b (k w) -> b k w", k=self.config.clip_tokens)
         context = torch.cat([extra, self.text_norm(self.text_in(words))], 1)
         keep = F.pad(text.any(-1), (self.config.clip_tokens, 0), value=True)
@@ -424,7 +431,8 @@ def read_part(
     """The config and tensors of one part. Raises `UnclipError` where it is absent, damaged, or
     there as pickles only."""
     here, stem = Path(folder)/part, FILES.get(part, "diffusion_pytorch_model")
-    if not here.is_dir(): raise UnclipError(f"{folder} lacks {part}: download that folder too")
+    if not here.is_dir():
+        raise UnclipError(f"{folder} lacks {part}: download that folder too")
     config = read_json(here/"config.json")
     file = here/f"{stem}{f'.{variant}' if variant else ''}.safetensors"
     if not file.is_file():
@@ -447,7 +455,8 @@ def fill(make:Callable[[], Stage], tensors:dict[str, Tensor], dtype:torch.dtype|
          source:str|Path) -> Stage:
     """A stage made of those tensors without allocating it twice: parameters in `dtype`, statistics
     in float32."""
-    with torch.device("meta"): stage = make()
+    with torch.device("meta"):
+        stage = make()
     stage.schedule = Schedule(stage.config.schedule, stage.config.T)
     params = {k for k, _ in stage.named_parameters()}
     def cast(k, v): return v.to(dtype or torch.float32) if k in params else v.float()
@@ -605,8 +614,10 @@ def load_karlo_clip(folder, clip:str|CLIP|None=None, dtype=None, variant=None) -
         own |= ours(image_names, image, Path(folder)/"image_encoder", ("position_ids",))
         load_weights(model.model, own | {"logit_scale": model.model.logit_scale.detach()}, folder)
     else:
-        if clip is None: found = published_clip(folder)
-        else: found = load_clip(clip) if isinstance(clip, (str, Path)) else clip
+        if clip is None:
+            found = published_clip(folder)
+        else:
+            found = load_clip(clip) if isinstance(clip, (str, Path)) else clip
         tokens = getattr(found.model, "token_embedding", None)
         same = tokens is not None and tokens.weight.shape == word.shape
         if same:
@@ -653,7 +664,8 @@ def from_diffusers(
     if (folder/"super_res_first").is_dir():
         stages["upsampler1"] = load_upsampler(folder, size, dtype, variant)
     model = Karlo(reader, **stages)
-    if offload: model.offload = where
+    if offload:
+        model.offload = where
     return model if offload else model.to(where)
 
 # %% ../nbs/20_pretrained.ipynb #e970cadc
@@ -684,7 +696,8 @@ def their_unet(c:UNetConfig, kind:str, **more) -> dict:
         out |= dict(mid_block_type="UNetMidBlock2DSimpleCrossAttn",
                     cross_attention_dim=c.context_width, attention_head_dim=c.head_channels,
                     class_embed_type="identity")
-    else: out |= dict(add_attention=False)
+    else:
+        out |= dict(add_attention=False)
     return out | more
 
 def why_not(model:UnCLIP) -> str:
@@ -692,7 +705,8 @@ def why_not(model:UnCLIP) -> str:
     for name, cls in (("clip", KarloCLIP), ("decoder", KarloDecoder), ("prior", KarloPrior),
                       ("upsampler1", KarloUpsampler)):
         stage = getattr(model, name)
-        if stage is None or isinstance(stage, cls): continue
+        if stage is None or isinstance(stage, cls):
+            continue
         c = stage.config
         return {"clip": "its CLIP gives embeddings of unit norm",
                 "prior": "its prior learns vectors for padding and for no caption",
@@ -835,13 +849,16 @@ def tiny_karlo(seed:int=0) -> Karlo:
         with torch.no_grad():
             for stage in (prior, decoder, up):
                 for p in stage.parameters():
-                    if p.ndim == 1 or not p.any(): p.add_(0.1 * torch.randn(p.shape))
-            for p in (prior.net.positions, prior.net.query): p.mul_(10)
+                    if p.ndim == 1 or not p.any():
+                        p.add_(0.1 * torch.randn(p.shape))
+            for p in (prior.net.positions, prior.net.query):
+                p.mul_(10)
             for p in (clip.model.text_projection, clip.model.visual.proj):
                 p.mul_(8)     # embeddings longer than 1
             prior.stats.mean.copy_(0.3 * torch.randn(32))
             prior.stats.matrix.copy_(torch.diag(1 / (0.5 + torch.rand(32))))
-        for stage in (prior, decoder): stage.config.clip_fingerprint = clip.fingerprint
+        for stage in (prior, decoder):
+            stage.config.clip_fingerprint = clip.fingerprint
         return Karlo(clip, prior, decoder, up)
 
 # %% ../nbs/20_pretrained.ipynb #c41ad011
@@ -875,7 +892,8 @@ def load_kandinsky_unet(folder:str|Path, part:str="unet", dtype:torch.dtype|None
     names |= pair("time_norm", "add_embedding.image_norm")
     names |= pair("zi_to_tokens", "encoder_hid_proj.image_embeds")
     names |= pair("tokens_norm", "encoder_hid_proj.norm")
-    with torch.device("meta"): net = KandinskyUNet(u, rows[1], rows[0] // u.context_width)
+    with torch.device("meta"):
+        net = KandinskyUNet(u, rows[1], rows[0] // u.context_width)
     own = ours(names, theirs, Path(folder)/part)
     own = {k: v.to(dtype or torch.float32) for k, v in own.items()}
     load_weights(net, own, folder, assign=True)

@@ -22,14 +22,20 @@ from .core import UnclipError, as_picture, generator, resize
 
 # %% ../nbs/01_shapes.ipynb #f5211436
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "diamond")
-COLORS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (45, 80, 220), "yellow": (240, 210, 40),
-          "purple": (140, 50, 180), "orange": (245, 140, 30), "cyan": (60, 200, 220), "white": (245, 245, 245)}
-BACKGROUNDS = {"black": (15, 15, 18), "gray": (110, 110, 110), "navy": (20, 25, 70), "brown": (90, 55, 30)}
+COLORS = {
+    "red": (220, 40, 40), "green": (40, 170, 60), "blue": (45, 80, 220), "yellow": (240, 210, 40),
+    "purple": (140, 50, 180), "orange": (245, 140, 30), "cyan": (60, 200, 220),
+    "white": (245, 245, 245)
+}
+BACKGROUNDS = {
+    "black": (15, 15, 18), "gray": (110, 110, 110), "navy": (20, 25, 70), "brown": (90, 55, 30)
+}
 SIZES = ("small", "large")
 RELATIONS = ("to the left of", "to the right of", "above", "below")
 EXTENT = {"small": 0.27, "large": 0.42}   # the longer side, as a fraction of the picture
-UNSEEN = frozenset({("purple", "heart"), ("cyan", "star"), ("orange", "cross"), ("white", "triangle"),
-                    ("green", "ring"), ("yellow", "diamond"), ("red", "square"), ("blue", "circle")})
+UNSEEN = frozenset({("purple", "heart"), ("cyan", "star"), ("orange", "cross"),
+                    ("white", "triangle"), ("green", "ring"), ("yellow", "diamond"),
+                    ("red", "square"), ("blue", "circle")})
 
 # %% ../nbs/01_shapes.ipynb #77b48f4f
 @dataclass(frozen=True)
@@ -44,7 +50,8 @@ class Obj:
 def relation_of(a:Obj, b:Obj) -> str:
     "Where `a` lies seen from `b`, along the axis on which they differ most."
     dx, dy = a.x - b.x, a.y - b.y
-    if abs(dx) > abs(dy): return RELATIONS[0] if dx < 0 else RELATIONS[1]
+    if abs(dx) > abs(dy):
+        return RELATIONS[0] if dx < 0 else RELATIONS[1]
     return RELATIONS[2] if dy < 0 else RELATIONS[3]
 
 @dataclass(frozen=True)
@@ -70,7 +77,8 @@ def _place_pair(h1, h2, relation, u):
     d = _between(h1 + h2 + _GAP, 1 - 2*_MARGIN - h1 - h2, u[0])
     first = relation in ("to the left of", "above")        # is the first object the one with the smaller coordinate?
     ha, hb = (h1, h2) if first else (h2, h1)
-    a = _between(_MARGIN + ha, 1 - _MARGIN - hb - d, u[1]); along = (a, a + d) if first else (a + d, a)
+    a = _between(_MARGIN + ha, 1 - _MARGIN - hb - d, u[1])
+    along = (a, a + d) if first else (a + d, a)
     p = _between(_MARGIN + h1, 1 - _MARGIN - h1, u[2])
     q = _between(max(_MARGIN + h2, p - d/2), min(1 - _MARGIN - h2, p + d/2), u[3])
     return tuple(zip(along, (p, q))) if relation in RELATIONS[:2] else tuple(zip((p, q), along))
@@ -81,24 +89,34 @@ def sample_scene(
     unseen:bool=False,             # let the first object be one of the UNSEEN pairs (else none ever is)
 ) -> Scene:
     "A random scene, objects whole and apart. Raises `UnclipError` for another number of objects."
-    if n_objects not in (None, 1, 2): raise UnclipError(f"n_objects={n_objects}: the world has scenes of 1 or 2 objects")
-    if isinstance(generator, int): generator = torch.Generator().manual_seed(generator)
+    if n_objects not in (None, 1, 2):
+        raise UnclipError(f"n_objects={n_objects}: the world has scenes of 1 or 2 objects")
+    if isinstance(generator, int):
+        generator = torch.Generator().manual_seed(generator)
     u = torch.rand(12, generator=generator, dtype=torch.float64).tolist()
     n = n_objects or (1 if u[0] < 0.4 else 2)
     pair = _pick(_UNSEEN_PAIRS if unseen else _SEEN_PAIRS, u[1])
     other = _pick([p for p in _SEEN_PAIRS if p != pair], u[2])
-    sizes, background, relation = (_pick(SIZES, u[3]), _pick(SIZES, u[4])), _pick(tuple(BACKGROUNDS), u[5]), _pick(RELATIONS, u[6])
+    sizes, background, relation = (_pick(SIZES,
+                                         u[3]), _pick(SIZES,
+                                                      u[4])), _pick(tuple(BACKGROUNDS),
+                                                                    u[5]), _pick(RELATIONS, u[6])
     h1, h2 = (EXTENT[s] / 2 for s in sizes)
-    if n == 1: places = [[_between(_MARGIN + h1, 1 - _MARGIN - h1, v) for v in u[7:9]]]
-    else: places = _place_pair(h1, h2, relation, u[7:11])
-    return Scene(tuple(Obj(s, c, size, x, y) for (c, s), size, (x, y) in zip((pair, other), sizes, places)), background)
+    if n == 1:
+        places = [[_between(_MARGIN + h1, 1 - _MARGIN - h1, v) for v in u[7:9]]]
+    else:
+        places = _place_pair(h1, h2, relation, u[7:11])
+    return Scene(
+        tuple(Obj(s, c, size, x, y) for (c, s), size, (x, y) in zip((pair, other), sizes, places)),
+        background)
 
 # %% ../nbs/01_shapes.ipynb #84ae6e79
 SPLITS = ("train", "valid", "unseen")
 
 def scene_at(index:int, split:str="train") -> Scene:
     "Scene number `index` of a split, a function of the two alone. Unseen pairs occur in split 'unseen' only, and there in every scene."
-    if split not in SPLITS: raise UnclipError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
+    if split not in SPLITS:
+        raise UnclipError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
     return sample_scene(generator("shapes", split, int(index)), unseen=split == "unseen")
 
 # %% ../nbs/01_shapes.ipynb #4a678d96
@@ -131,16 +149,23 @@ def signed_distance(
     y:Tensor,   # downwards
 ) -> Tensor:
     "How far (x, y) lies outside the outline of `shape`; negative inside."
-    if shape == "circle": return torch.hypot(x, y) - 1                                # eq. 1
-    if shape == "ring": return (torch.hypot(x, y) - 0.74).abs() - 0.26
-    if shape == "square": return torch.maximum(x.abs(), y.abs()) - 1
-    if shape == "diamond": return (x.abs() + y.abs() - 1) * 0.5**0.5
-    if shape == "triangle": return torch.maximum(y - 0.75**0.5, (3**0.5 * x.abs() - y - 0.75**0.5) / 2)
+    if shape == "circle":
+        return torch.hypot(x, y) - 1                                # eq. 1
+    if shape == "ring":
+        return (torch.hypot(x, y) - 0.74).abs() - 0.26
+    if shape == "square":
+        return torch.maximum(x.abs(), y.abs()) - 1
+    if shape == "diamond":
+        return (x.abs() + y.abs() - 1) * 0.5**0.5
+    if shape == "triangle":
+        return torch.maximum(y - 0.75**0.5, (3**0.5 * x.abs() - y - 0.75**0.5) / 2)
     if shape == "cross":
         a, b, w = x.abs(), y.abs(), 0.36
         return torch.minimum(torch.maximum(a - 1, b - w), torch.maximum(b - 1, a - w))
-    if shape == "star": return _star(x, y)
-    if shape == "heart": return _heart(x, y)
+    if shape == "star":
+        return _star(x, y)
+    if shape == "heart":
+        return _heart(x, y)
     raise UnclipError(f"unknown shape {shape!r}: use one of {', '.join(SHAPES)}")
 
 # %% ../nbs/01_shapes.ipynb #bef2f559
@@ -150,8 +175,11 @@ def coverage(objects:Sequence[Obj], size:int) -> Float[Tensor, "n size size"]:
     out = torch.empty(len(objects), size, size)
     for shape in {o.shape for o in objects}:
         rows = [i for i, o in enumerate(objects) if o.shape == shape]
-        cx, cy, half = torch.tensor([(objects[i].x, objects[i].y, EXTENT[objects[i].size] / 2) for i in rows]).T[..., None, None]
-        d = signed_distance(shape, *torch.broadcast_tensors((at - cx) / half, (at[:, None] - cy) / half)) * half * size
+        cx, cy, half = torch.tensor([(objects[i].x, objects[i].y, EXTENT[objects[i].size] / 2)
+                                     for i in rows]).T[..., None, None]
+        d = signed_distance(shape,
+                            *torch.broadcast_tensors((at - cx) / half,
+                                                     (at[:, None] - cy) / half)) * half * size
         out[rows] = (0.5 - d).clamp(0, 1)                                                       # eq. 2
     return out
 
@@ -187,8 +215,10 @@ def caption(
     keep, form, opening = (True, True, True), "{t} on a {b} background", ""
     if generator is not None:
         u = torch.rand(6, generator=generator).tolist()
-        keep, opening, form = [full or v >= 0.3 for v in u[:3]], _pick(_OPENINGS, u[3]), _pick(_FORMS, u[4])
-        if u[5] < 0.5: objects, relation = objects[::-1], _OPPOSITE.get(relation)
+        keep, opening, form = [full or v >= 0.3 for v in u[:3]], _pick(_OPENINGS,
+                                                                       u[3]), _pick(_FORMS, u[4])
+        if u[5] < 0.5:
+            objects, relation = objects[::-1], _OPPOSITE.get(relation)
     text = opening + f" {relation} ".join(_noun(o, k) for o, k in zip(objects, keep[1:]))
     return form.format(t=text, b=scene.background) if keep[0] else text
 
@@ -207,12 +237,17 @@ _RELATION = re.compile(rf"\b({'|'.join(RELATIONS)})\b")
 def parse_caption(text:str) -> Request:
     "What `text` asks for, the inverse of `caption`. Raises `UnclipError` where it names no object, or more than two."
     low = " ".join(text.lower().replace("grey", "gray").split())
-    objects = tuple(Obj(shape, color, size) for size, color, shape in ((s or None, c, h) for s, c, h in _OBJECT.findall(low)))
+    objects = tuple(
+        Obj(shape, color, size)
+        for size, color, shape in ((s or None, c, h) for s, c, h in _OBJECT.findall(low)))
     if not 1 <= len(objects) <= 2:
-        raise UnclipError(f"caption {text!r} names {len(objects)} objects: name one or two, like 'a red star above a blue ring'")
+        raise UnclipError(
+            f"caption {text!r} names {len(objects)} objects: name one or two, like 'a red star above a blue ring'"
+        )
     back, rel = _BACK.search(low), _RELATION.search(low)
     if len(objects) == 2 and not rel:
-        raise UnclipError(f"caption {text!r} does not relate its two objects: use one of {', '.join(RELATIONS)}")
+        raise UnclipError(
+            f"caption {text!r} does not relate its two objects: use one of {', '.join(RELATIONS)}")
     return Request(objects, back and back[1], rel[1] if len(objects) == 2 else None)
 
 # %% ../nbs/01_shapes.ipynb #36c81ecf
@@ -225,7 +260,9 @@ def scene_for(
         scene = sample_scene(generator, n_objects=len(request.objects))
         fits = all(w.size in (None, o.size) for w, o in zip(request.objects, scene.objects))
         if fits and request.relation in (None, scene.relation):
-            objects = tuple(replace(o, shape=w.shape, color=w.color) for w, o in zip(request.objects, scene.objects))
+            objects = tuple(
+                replace(o, shape=w.shape, color=w.color)
+                for w, o in zip(request.objects, scene.objects))
             return Scene(objects, request.background or scene.background)
 
 # %% ../nbs/01_shapes.ipynb #95efecdc
@@ -234,31 +271,47 @@ def near_misses(
     generator:torch.Generator, # chooses what to change to
 ) -> tuple[Scene, Scene, Scene]:
     "Three scenes that differ from `scene` in one thing: mirrored (one object: the other size), colours swapped (or one changed), a shape changed. None holds an unseen pair."
-    u, objects, taken = torch.rand(3, generator=generator).tolist(), scene.objects, {(o.color, o.shape) for o in scene.objects}
+    u, objects, taken = torch.rand(3, generator=generator).tolist(), scene.objects, {
+        (o.color, o.shape)
+        for o in scene.objects
+    }
     def change(k, v, fixed):   # object k in another colour or shape, `fixed` staying as it is
-        pair = _pick([(c, s) for c, s in _SEEN_PAIRS if (c, s) not in taken and getattr(objects[k], fixed) in (c, s)], v)
-        return replace(scene, objects=(*objects[:k], replace(objects[k], color=pair[0], shape=pair[1]), *objects[k + 1:]))
+        pair = _pick([(c, s) for c, s in _SEEN_PAIRS
+                      if (c, s) not in taken and getattr(objects[k], fixed) in (c, s)], v)
+        return replace(scene,
+                       objects=(*objects[:k], replace(objects[k], color=pair[0],
+                                                      shape=pair[1]), *objects[k + 1:]))
     k, colored = int(u[0] * len(objects)), change(0, u[1], "shape")
     if len(objects) == 1:
-        size = SIZES[1 - SIZES.index(objects[0].size)]; h = EXTENT[size] / 2 + _MARGIN
-        moved = replace(objects[0], size=size, **{c: min(max(getattr(objects[0], c), h), 1 - h) for c in "xy"})
+        size = SIZES[1 - SIZES.index(objects[0].size)]
+        h = EXTENT[size] / 2 + _MARGIN
+        moved = replace(objects[0],
+                        size=size,
+                        **{c: min(max(getattr(objects[0], c), h), 1 - h)
+                           for c in "xy"})
         return replace(scene, objects=(moved,)), colored, change(k, u[2], "color")
     axis, (a, b) = "x" if scene.relation in RELATIONS[:2] else "y", objects
-    mirrored = replace(scene, objects=tuple(replace(o, **{axis: 1 - getattr(o, axis)}) for o in objects))
+    mirrored = replace(scene,
+                       objects=tuple(replace(o, **{axis: 1 - getattr(o, axis)}) for o in objects))
     swapped = (replace(a, color=b.color), replace(b, color=a.color))
-    if a.color != b.color and a.shape != b.shape and not {(o.color, o.shape) for o in swapped} & UNSEEN: colored = replace(scene, objects=swapped)
+    if a.color != b.color and a.shape != b.shape and not {(o.color, o.shape)
+                                                          for o in swapped} & UNSEEN:
+        colored = replace(scene, objects=swapped)
     return mirrored, colored, change(k, u[2], "color")
 
 # %% ../nbs/01_shapes.ipynb #406cc1e2
-EIGHT_SCENES = (
-    Scene((Obj("star", "red", "large", 0.45, 0.30), Obj("ring", "blue", "small", 0.55, 0.80)), "navy"),
-    Scene((Obj("circle", "yellow", "large", 0.42, 0.55),), "black"),
-    Scene((Obj("square", "green", "small", 0.19, 0.42), Obj("diamond", "purple", "large", 0.70, 0.55)), "gray"),
-    Scene((Obj("heart", "white", "large", 0.55, 0.45),), "brown"),
-    Scene((Obj("triangle", "cyan", "small", 0.60, 0.79), Obj("circle", "orange", "large", 0.45, 0.30)), "black"),
-    Scene((Obj("heart", "orange", "small", 0.30, 0.65),), "gray"),
-    Scene((Obj("cross", "blue", "large", 0.70, 0.58), Obj("star", "yellow", "small", 0.20, 0.40)), "brown"),
-    Scene((Obj("ring", "purple", "small", 0.68, 0.32),), "navy"))
+EIGHT_SCENES = (Scene(
+    (Obj("star", "red", "large", 0.45, 0.30), Obj("ring", "blue", "small", 0.55, 0.80)),
+    "navy"), Scene((Obj("circle", "yellow", "large", 0.42, 0.55), ), "black"),
+                Scene((Obj("square", "green", "small", 0.19,
+                           0.42), Obj("diamond", "purple", "large", 0.70, 0.55)),
+                      "gray"), Scene((Obj("heart", "white", "large", 0.55, 0.45), ), "brown"),
+                Scene((Obj("triangle", "cyan", "small", 0.60,
+                           0.79), Obj("circle", "orange", "large", 0.45, 0.30)),
+                      "black"), Scene((Obj("heart", "orange", "small", 0.30, 0.65), ), "gray"),
+                Scene((Obj("cross", "blue", "large", 0.70,
+                           0.58), Obj("star", "yellow", "small", 0.20, 0.40)),
+                      "brown"), Scene((Obj("ring", "purple", "small", 0.68, 0.32), ), "navy"))
 EIGHT_CAPTIONS = tuple(caption(s, full=True) for s in EIGHT_SCENES)
 
 # %% ../nbs/01_shapes.ipynb #434c73d3
@@ -268,11 +321,13 @@ def components(
 ) -> list[Tensor]:
     "The connected pieces of a mask, each a mask: every pixel takes the largest number in reach until nothing changes."
     ids = torch.arange(1., mask.numel() + 1).reshape(1, *mask.shape) * mask
-    while not torch.equal(ids, grown := F.max_pool2d(ids, 3, 1, 1) * mask): ids = grown
+    while not torch.equal(ids, grown := F.max_pool2d(ids, 3, 1, 1) * mask):
+        ids = grown
     return [ids[0] == i for i, n in zip(*ids.unique(return_counts=True)) if i and n >= least]
 
 # %% ../nbs/01_shapes.ipynb #cbe3dc17
-def unmix(pixels:Float[Tensor, "3 h w"], back:Float[Tensor, "3"]) -> tuple[Float[Tensor, "8 h w"], Float[Tensor, "8 h w"]]:
+def unmix(pixels: Float[Tensor, "3 h w"],
+          back: Float[Tensor, "3"]) -> tuple[Float[Tensor, "8 h w"], Float[Tensor, "8 h w"]]:
     "Every pixel as a mixture back + alpha * (color - back), for each of the 8 colours: alpha, and the distance from that line (0..255)."
     away, line = pixels - back[:, None, None], torch.tensor([*COLORS.values()]) - back
     dot, norm2 = torch.einsum("kc,chw->khw", line, away), line.square().sum(1)[:, None, None]
@@ -284,7 +339,8 @@ def unmix(pixels:Float[Tensor, "3 h w"], back:Float[Tensor, "3"]) -> tuple[Float
 def moments(shape:str) -> tuple[float, float]:
     "The area of `shape` and how far its centroid lies below the centre of its box, in units of its extent."
     at = (torch.arange(256) + 0.5) / 128 - 1
-    inside = (0.5 - 128 * signed_distance(shape, *torch.broadcast_tensors(at, at[:, None]))).clamp(0, 1)
+    inside = (0.5 - 128 * signed_distance(shape, *torch.broadcast_tensors(at, at[:, None]))).clamp(
+        0, 1)
     return float(inside.mean()), float((inside * at[:, None]).sum() / inside.sum()) / 2
 
 # %% ../nbs/01_shapes.ipynb #139a4a03
@@ -293,10 +349,15 @@ def outline(
 ) -> tuple[str, float, float, float, float]:
     "The shape that fits `alpha` best: its name, the overlap (intersection over union), and its centre x, y and extent in pixels."
     y, x = torch.meshgrid(*(torch.arange(n) + 0.5 for n in alpha.shape), indexing="ij")
-    total = alpha.sum(); mx, my = (float((alpha * c).sum() / total) for c in (x, y))
+    total = alpha.sum()
+    mx, my = (float((alpha * c).sum() / total) for c in (x, y))
     area, low = torch.tensor([moments(s) for s in SHAPES]).T
-    extent = (total / area).sqrt(); cy = my - low * extent                        # if it were this shape
-    drawn = torch.stack([signed_distance(s, (x - mx) / h, (y - c) / h) * h for s, h, c in zip(SHAPES, (extent / 2).tolist(), cy.tolist())])
+    extent = (total / area).sqrt()
+    cy = my - low * extent                        # if it were this shape
+    drawn = torch.stack([
+        signed_distance(s, (x - mx) / h, (y - c) / h) * h
+        for s, h, c in zip(SHAPES, (extent / 2).tolist(), cy.tolist())
+    ])
     soft = torch.stack([F.avg_pool2d((0.5 - drawn).clamp(0, 1), k, 1, k // 2) for k in (1, 3, 5)])
     both = torch.minimum(soft, alpha).sum((2, 3))
     overlap = (both / (soft.sum((2, 3)) + total - both)).amax(0)
@@ -308,7 +369,8 @@ _SIDE, _IOU = 64, 0.78          # pictures are read at this size; below this ove
 
 def _background(pixels):
     "The background's name and colour, or None: the nearest to the frame's median, if most of the frame agrees."
-    frame = torch.ones(pixels.shape[1:], dtype=torch.bool); frame[2:-2, 2:-2] = False
+    frame = torch.ones(pixels.shape[1:], dtype=torch.bool)
+    frame[2:-2, 2:-2] = False
     frame, palette = pixels[:, frame], torch.tensor([*BACKGROUNDS.values()]).float()
     k = int((palette - frame.median(1).values).norm(dim=1).argmin())
     agree = ((frame - palette[k, :, None]).norm(dim=0) < 40).float().mean()
@@ -316,15 +378,19 @@ def _background(pixels):
 
 def _read_object(piece, others, alpha, far):
     "The object that covers `piece`; its shape or colour is None where that is not of this world."
-    far = far[:, piece].mean(1); k = int(far.argmin())
+    far = far[:, piece].mean(1)
+    k = int(far.argmin())
     near = (F.max_pool2d(piece[None].float(), 5, 1, 2)[0] > 0) & ~others          # its soft edges too
-    ys, xs = near.nonzero().T; y, x = int(ys.min()), int(xs.min())
+    ys, xs = near.nonzero().T
+    y, x = int(ys.min()), int(xs.min())
     crop = slice(y, int(ys.max()) + 1), slice(x, int(xs.max()) + 1)
     shape, overlap, cx, cy, extent = outline((alpha[k] * near)[crop])
     extent /= _SIDE
-    if overlap < _IOU or not 0.82 * EXTENT["small"] < extent < 1.22 * EXTENT["large"]: shape = None
+    if overlap < _IOU or not 0.82 * EXTENT["small"] < extent < 1.22 * EXTENT["large"]:
+        shape = None
     size = SIZES[extent > (EXTENT["small"] * EXTENT["large"])**0.5]
-    return Obj(shape, tuple(COLORS)[k] if far[k] < 40 else None, size, (cx + x) / _SIDE, (cy + y) / _SIDE)
+    return Obj(shape,
+               tuple(COLORS)[k] if far[k] < 40 else None, size, (cx + x) / _SIDE, (cy + y) / _SIDE)
 
 # %% ../nbs/01_shapes.ipynb #d30e8304
 def read_scene(
@@ -334,25 +400,34 @@ def read_scene(
     "What is on a picture, by colour and outline alone; None where it shows no scene of this world."
     image = as_picture(image)
     pixels = (resize(image[None].detach().float().cpu(), _SIDE)[0].clamp(-1, 1) + 1) * 127.5
-    if (found := _background(pixels)) is None: return None
+    if (found := _background(pixels)) is None:
+        return None
     alpha, far = unmix(pixels, found[1])
     best = far.argmin(0, keepdim=True)
-    if (far.gather(0, best) > 50).float().mean() > 0.1: return None
+    if (far.gather(0, best) > 50).float().mean() > 0.1:
+        return None
     mask = alpha.gather(0, best)[0] > 0.5
     pieces = components(mask, least=12)
-    if len(pieces) > 4: return None
+    if len(pieces) > 4:
+        return None
     objects = [_read_object(p, mask & ~p, alpha, far) for p in pieces]
-    if strict: objects = [o for o in objects if o.shape and o.color]
+    if strict:
+        objects = [o for o in objects if o.shape and o.color]
     return Scene(tuple(sorted(objects, key=lambda o: o.x + o.y)), found[0]) if objects else None
 
 # %% ../nbs/01_shapes.ipynb #724b05ed
 def _judge(request, objects):
     "The verdict when `objects` stand for the request's objects in this order, and how good it is."
     parts = ("shape", "color", "size")
-    fits = [{a: getattr(o, a) == getattr(w, a) for a in parts if getattr(w, a)} for w, o in zip(request.objects, objects)]
-    verdict = {a: all(f.get(a, True) for f in fits) if any(a in f for f in fits) else None for a in parts}
+    fits = [{a: getattr(o, a) == getattr(w, a)
+             for a in parts if getattr(w, a)} for w, o in zip(request.objects, objects)]
+    verdict = {
+        a: all(f.get(a, True) for f in fits) if any(a in f for f in fits) else None
+        for a in parts
+    }
     known = len(objects) == 2 and all(f["shape"] or f["color"] for f in fits)        # strangers are in no relation
-    verdict["relation"] = known and relation_of(*objects) == request.relation if request.relation else None
+    verdict["relation"] = known and relation_of(
+        *objects) == request.relation if request.relation else None
     return (sum(sum(f.values()) for f in fits), bool(verdict["relation"])), verdict
 
 def matches(
@@ -364,5 +439,6 @@ def matches(
     padded = (*found, *[Obj(None, None)] * (n - len(found)))
     _, verdict = max((_judge(request, p) for p in permutations(padded, n)), key=lambda j: j[0])
     verdict["count"] = len(found) == n
-    verdict["background"] = scene is not None and scene.background == request.background if request.background else None
+    verdict[
+        "background"] = scene is not None and scene.background == request.background if request.background else None
     return verdict | {"all": all(v is not False for v in verdict.values())}

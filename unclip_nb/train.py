@@ -13,7 +13,19 @@ __all__ = ['MANY', 'log', 'LOADING', 'HUB_FILES', 'NOT_ON_HUB', 'PARTS', 'MAY_CH
            'finished_record', 'fit', 'save_preview']
 
 # %% ../nbs/04_train.ipynb #4ed0d5de
-import copy, hashlib, json, logging, math, os, re, shutil, signal, sys, threading, time, typing
+import copy
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+import typing
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
@@ -24,7 +36,16 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from .core import ExactBuffers, UnclipError, expand, generator, number, pick_device, refuse_options, seed_for
+from unclip_nb.core import (
+    ExactBuffers,
+    UnclipError,
+    expand,
+    generator,
+    number,
+    pick_device,
+    refuse_options,
+    seed_for,
+)
 from .data import mend_torchvision, what_differs
 
 # %% ../nbs/04_train.ipynb #c0f1a001
@@ -37,16 +58,20 @@ def check_field(
 ):
     "`value`, checked. Raises `UnclipError` for another kind than the default's, and for numbers out of bounds."
     if isinstance(default, (bool, str)):
-        if type(value) is type(default): return value
+        if type(value) is type(default):
+            return value
         raise UnclipError(f"{name} is {value!r}: it must be like {default!r}")
     example = default[0] if isinstance(default, tuple) else default
     rule.setdefault("whole", isinstance(example, int))
-    if not {"low", "above"} & rule.keys(): rule["low"] = 1 if rule["whole"] else 0
-    if "below" not in rule: rule.setdefault("high", 65_536 if rule["whole"] else 1e30)
+    if not {"low", "above"} & rule.keys():
+        rule["low"] = 1 if rule["whole"] else 0
+    if "below" not in rule:
+        rule.setdefault("high", 65_536 if rule["whole"] else 1e30)
     several = isinstance(value, (list, tuple))
     length = len(value) if several else 1
     right = length in size if size else several == isinstance(default, tuple)
-    if not right: raise UnclipError(f"{name} is {value!r}: it must be like {default!r}")
+    if not right:
+        raise UnclipError(f"{name} is {value!r}: it must be like {default!r}")
     return tuple(number(name, v, **rule) for v in value) if several else number(name, value, **rule)
 
 def check_config(
@@ -56,10 +81,13 @@ def check_config(
     "Every field through `check_field`. Whole numbers lie between 1 and 65,536 and others between 0 and 1e30, unless a rule says so. Raises `UnclipError`."
     for f in fields(config):
         value, rule = getattr(config, f.name), rules.get(f.name, {})
-        if value is None and f.default is None: continue
+        if value is None and f.default is None:
+            continue
         names = rule if isinstance(rule, tuple) else ()
-        if names and value not in names: raise UnclipError(f"unknown {f.name} {value!r}: use {', '.join(names)}")
-        if not names: setattr(config, f.name, check_field(f.name, value, f.default, **rule))
+        if names and value not in names:
+            raise UnclipError(f"unknown {f.name} {value!r}: use {', '.join(names)}")
+        if not names:
+            setattr(config, f.name, check_field(f.name, value, f.default, **rule))
 
 # %% ../nbs/04_train.ipynb #358ce9b2
 MANY = dict(high=10**9)
@@ -90,11 +118,23 @@ class TrainConfig:
     keep:int=2               # checkpoints kept
 
     def __post_init__(self):
-        if self.precision == "auto": self.precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        check_config(self, optimizer=("adamw", "muon"), schedule=("cosine", "constant", "onecycle"),
-                     precision=("no", "bf16", "fp16"), steps=MANY, save_every=MANY, preview_every=MANY,
-                     log_every=MANY, keep=MANY, warmup=MANY | dict(low=0), beta1=dict(below=1), beta2=dict(below=1),
-                     eps=dict(above=0, high=1), weight_decay=dict(high=1e6), ema_decay=dict(high=1),
+        if self.precision == "auto":
+            self.precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        check_config(self,
+                     optimizer=("adamw", "muon"),
+                     schedule=("cosine", "constant", "onecycle"),
+                     precision=("no", "bf16", "fp16"),
+                     steps=MANY,
+                     save_every=MANY,
+                     preview_every=MANY,
+                     log_every=MANY,
+                     keep=MANY,
+                     warmup=MANY | dict(low=0),
+                     beta1=dict(below=1),
+                     beta2=dict(below=1),
+                     eps=dict(above=0, high=1),
+                     weight_decay=dict(high=1e6),
+                     ema_decay=dict(high=1),
                      seed=dict(low=0, high=2**63 - 1))
 
 # %% ../nbs/04_train.ipynb #ba9dfc92
@@ -106,10 +146,13 @@ def lr_at(
     def glide(a, b, x): return b + (a - b) * (1 + math.cos(math.pi * min(max(x, 0.0), 1.0))) / 2  # eq. 1: from a (x=0) to b (x=1)
     if cfg.schedule == "onecycle":
         peak = max(0.3 * cfg.steps - 1, 1e-9)
-        if step <= peak: return glide(cfg.lr / 25, cfg.lr, step / peak)
+        if step <= peak:
+            return glide(cfg.lr / 25, cfg.lr, step / peak)
         return glide(cfg.lr, cfg.lr / 25e4, (step - peak) / (cfg.steps - 1 - peak))
-    if step < cfg.warmup: return cfg.lr * (step + 1) / cfg.warmup
-    return cfg.lr if cfg.schedule == "constant" else glide(cfg.lr, 0.0, (step - cfg.warmup) / max(cfg.steps - cfg.warmup, 1))
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / cfg.warmup
+    return cfg.lr if cfg.schedule == "constant" else glide(cfg.lr, 0.0, (step - cfg.warmup) /
+                                                           max(cfg.steps - cfg.warmup, 1))
 
 # %% ../nbs/04_train.ipynb #785caf95
 def make_optimizer(
@@ -138,7 +181,8 @@ def ema_update(
     "ema = d · ema + (1 - d) · model for the parameters; buffers are copied."
     decay = min(decay, (1 + step) / (10 + step))                                             # eq. 3
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-    for a, b in zip(ema.buffers(), model.buffers()): a.copy_(b)
+    for a, b in zip(ema.buffers(), model.buffers()):
+        a.copy_(b)
 
 # %% ../nbs/04_train.ipynb #11a9fe6d
 log = logging.getLogger("unclip_nb")
@@ -150,14 +194,19 @@ def is_first() -> bool:
 @contextmanager
 def writing(what:str|Path):
     "Turns a disk's refusal into an `UnclipError` that names `what`."
-    try: yield
-    except (OSError, SafetensorError) as e: raise UnclipError(f"cannot write {what}: {e}; make room or choose another --out") from e
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        raise UnclipError(f"cannot write {what}: {e}; make room or choose another --out") from e
 
 def _sync(path:Path):
-    if os.name != "posix": return
+    if os.name != "posix":
+        return
     fd = os.open(path, os.O_RDONLY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 @contextmanager
 def atomic_folder(
@@ -165,37 +214,47 @@ def atomic_folder(
     last:str="",     # the file that is replaced after all others
 ):
     "A scratch folder that becomes `folder` if the block succeeds and vanishes if not. Files are as readable as the user's umask says. Raises `UnclipError` when the disk refuses."
-    folder = Path(folder).absolute(); tmp = folder.with_name(f".tmp_{folder.name}")
+    folder = Path(folder).absolute()
+    tmp = folder.with_name(f".tmp_{folder.name}")
     try:
         with writing(folder):
-            shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir(parents=True)
+            shutil.rmtree(tmp, ignore_errors=True)
+            tmp.mkdir(parents=True)
             yield tmp
             for f in tmp.iterdir():
                 f.chmod(tmp.stat().st_mode & 0o666)              # safetensors alone makes files for one user only
                 _sync(f)
             if folder.exists():
-                for f in sorted(tmp.iterdir(), key=lambda f: (f.name == last, f.name)): os.replace(f, folder / f.name)
-            else: os.replace(tmp, folder)
-            _sync(folder); _sync(folder.parent)
-    finally: shutil.rmtree(tmp, ignore_errors=True)
+                for f in sorted(tmp.iterdir(), key=lambda f: (f.name == last, f.name)):
+                    os.replace(f, folder / f.name)
+            else:
+                os.replace(tmp, folder)
+            _sync(folder)
+            _sync(folder.parent)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
 
 @contextmanager
 def atomic_file(
     file:str|Path, # its folder must exist
 ):
     "The name of a scratch file that becomes `file` if the block succeeds and vanishes if not. Raises `UnclipError` when the disk refuses."
-    file = Path(file); tmp = file.with_name(f".tmp_{file.name}")
+    file = Path(file)
+    tmp = file.with_name(f".tmp_{file.name}")
     try:
         with writing(file):
             yield tmp
             _sync(tmp)
             os.replace(tmp, file)
-    finally: tmp.unlink(missing_ok=True)
+    finally:
+        tmp.unlink(missing_ok=True)
 
 def write_json(file:str|Path, values:dict):
     "All or nothing, and by one process only."
-    if not is_first(): return
-    with atomic_file(file) as tmp: tmp.write_text(json.dumps(values, indent=1))
+    if not is_first():
+        return
+    with atomic_file(file) as tmp:
+        tmp.write_text(json.dumps(values, indent=1))
 
 def save_picture(
     picture,       # PIL image or matplotlib figure
@@ -203,16 +262,22 @@ def save_picture(
 ):
     "The picture whole, or no file of that name. Raises `UnclipError` when the disk refuses."
     save = getattr(picture, "savefig", None) or picture.save
-    with atomic_file(file) as tmp, tmp.open("wb") as f: save(f, format="png")
+    with atomic_file(file) as tmp, tmp.open("wb") as f:
+        save(f, format="png")
 
 # %% ../nbs/04_train.ipynb #c0f1a003
 def _lock(f, file:Path) -> bool:
     "Take the lock of `file`, opened as `f`, if it is free. Windows has no such locks: there it is always taken."
-    try: import fcntl
-    except ImportError: return True
-    try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError: return False
-    except OSError: return True                                  # some network disks have no locks either
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True                                  # some network disks have no locks either
     return file.exists() and os.path.samestat(os.fstat(f.fileno()), file.stat())     # not one that was just given back
 
 @contextmanager
@@ -231,8 +296,9 @@ def locked(
     with f:
         if not _lock(f, file):
             f.seek(0)
-            raise UnclipError(f"another training (process {f.read().strip() or 'unknown'}) writes into {folder}: "
-                              "wait for it, or choose another --out")
+            raise UnclipError(
+                f"another training (process {f.read().strip() or 'unknown'}) writes into {folder}: "
+                "wait for it, or choose another --out")
         try:
             f.truncate(0)
             f.write(str(os.getpid()))
@@ -241,42 +307,60 @@ def locked(
         finally:
             with suppress(OSError):
                 file.unlink()
-                if not any(folder.iterdir()): folder.rmdir()
+                if not any(folder.iterdir()):
+                    folder.rmdir()
 
 # %% ../nbs/04_train.ipynb #2d55a34e
 def _tensors(state:dict) -> dict:
-    return {k: v.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for k, v in state.items()}
+    return {
+        k: v.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for k, v in state.items()
+    }
 
 def _readable(path:Path):
     "Raises `UnclipError` for what is missing or is no file: a folder, or a pipe on which one could wait forever."
-    try: there, right = os.path.lexists(path), path.is_file()
-    except (OSError, ValueError) as e: raise UnclipError(f"cannot read {str(path)[:80]!r}: {e}") from None
-    if not there: raise UnclipError(f"{path} is missing")
-    if not right: raise UnclipError(f"{path} is not a file: check the path")
+    try:
+        there, right = os.path.lexists(path), path.is_file()
+    except (OSError, ValueError) as e:
+        raise UnclipError(f"cannot read {str(path)[:80]!r}: {e}") from None
+    if not there:
+        raise UnclipError(f"{path} is missing")
+    if not right:
+        raise UnclipError(f"{path} is not a file: check the path")
 
 def read_tensors(path:Path) -> dict:
     "The tensors of a safetensors file. Raises `UnclipError` for one that is missing, forbidden, damaged or truncated."
     _readable(path)
-    try: return load_file(path)
-    except (SafetensorError, ValueError) as e: raise UnclipError(f"{path} is damaged or truncated ({e}): copy it again") from None
-    except OSError as e: raise UnclipError(f"cannot read {path}: {e.strerror or e}") from None
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError) as e:
+        raise UnclipError(f"{path} is damaged or truncated ({e}): copy it again") from None
+    except OSError as e:
+        raise UnclipError(f"cannot read {path}: {e.strerror or e}") from None
 
 def read_json(path:Path) -> dict:
     "The JSON object in a file. Raises `UnclipError` for one that is missing, forbidden or something else."
     _readable(path)
-    try: found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e: raise UnclipError(f"cannot read {path}: {e.strerror or e}") from None
-    except RecursionError: raise UnclipError(f"{path} is not JSON of named fields: it is nested too deeply") from None
-    except ValueError as e: raise UnclipError(f"{path} is not JSON ({e}): copy it again") from None
-    if not isinstance(found, dict): raise UnclipError(f"{path} is not JSON of named fields: copy it again")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UnclipError(f"cannot read {path}: {e.strerror or e}") from None
+    except RecursionError:
+        raise UnclipError(f"{path} is not JSON of named fields: it is nested too deeply") from None
+    except ValueError as e:
+        raise UnclipError(f"{path} is not JSON ({e}): copy it again") from None
+    if not isinstance(found, dict):
+        raise UnclipError(f"{path} is not JSON of named fields: copy it again")
     return found
 
 def _digest(data:bytes|Path) -> str:
     h = hashlib.blake2b(digest_size=16)
-    if isinstance(data, bytes): h.update(data)
+    if isinstance(data, bytes):
+        h.update(data)
     else:
         with data.open("rb") as f:
-            while part := f.read(1 << 20): h.update(part)
+            while part := f.read(1 << 20):
+                h.update(part)
     return h.hexdigest()
 
 def sealed(
@@ -299,9 +383,13 @@ def unsealed(
         raise UnclipError(f"{source} is damaged: it is not what was written")
     for name, digest in values["files"].items():
         _readable(folder / name)
-        try: found = _digest(folder / name)
-        except OSError as e: raise UnclipError(f"cannot read {folder / name}: {e.strerror or e}") from None
-        if found != digest: raise UnclipError(f"{folder / name} is damaged or truncated: it is not what was written")
+        try:
+            found = _digest(folder / name)
+        except OSError as e:
+            raise UnclipError(f"cannot read {folder / name}: {e.strerror or e}") from None
+        if found != digest:
+            raise UnclipError(
+                f"{folder / name} is damaged or truncated: it is not what was written")
 
 # %% ../nbs/04_train.ipynb #72490a1c
 def load_weights(
@@ -312,11 +400,17 @@ def load_weights(
 ):
     "Put `tensors` into `model`. Raises `UnclipError` naming the first that is missing, unknown or of another shape."
     own = model.state_dict()
-    for why, names in (("no", own.keys() - tensors.keys()), ("an unknown", tensors.keys() - own.keys())):
-        if names: raise UnclipError(f"{source}: {why} {min(names)!r} ({len(names)} in all); these are another model's or version's weights")
+    for why, names in (("no", own.keys() - tensors.keys()), ("an unknown",
+                                                             tensors.keys() - own.keys())):
+        if names:
+            raise UnclipError(
+                f"{source}: {why} {min(names)!r} ({len(names)} in all); these are another model's or version's weights"
+            )
     for k, v in own.items():
         if v.shape != tensors[k].shape:
-            raise UnclipError(f"{source}: {k!r} is {tuple(tensors[k].shape)}, the config makes it {tuple(v.shape)}; use the config it was saved with")
+            raise UnclipError(
+                f"{source}: {k!r} is {tuple(tensors[k].shape)}, the config makes it {tuple(v.shape)}; use the config it was saved with"
+            )
     model.load_state_dict(tensors, assign=assign)
 
 # %% ../nbs/04_train.ipynb #7a9e8b37
@@ -327,17 +421,23 @@ def config_from(
 ):
     "The dataclass `cls` from JSON. Raises `UnclipError` for a field that it doesn't know, lacks or refuses."
     unknown = values.keys() - {f.name for f in fields(cls)}
-    if unknown: raise UnclipError(f"{source} has an unknown field {min(unknown)!r}: it was written by another version")
+    if unknown:
+        raise UnclipError(
+            f"{source} has an unknown field {min(unknown)!r}: it was written by another version")
     def tuples(x): return tuple(map(tuples, x)) if isinstance(x, list) else x
-    try: return cls(**{k: tuples(v) for k, v in values.items()})
-    except (TypeError, ValueError, UnclipError) as e: raise UnclipError(f"{source}: {_first_line(e)}") from None
+    try:
+        return cls(**{k: tuples(v) for k, v in values.items()})
+    except (TypeError, ValueError, UnclipError) as e:
+        raise UnclipError(f"{source}: {_first_line(e)}") from None
 
 def _first_line(e:Exception) -> str: return (str(e).strip() or type(e).__name__).splitlines()[0]
 
 def _memory() -> int|float:
     "Bytes of this machine, where it can be asked."
-    try: return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError): return math.inf
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return math.inf
 
 def build(
     cls:type,        # a stage
@@ -348,13 +448,20 @@ def build(
 ):
     "A new stage. It is built without memory first. Raises `UnclipError` for numbers that don't fit together, or not into this machine."
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"): shape = cls(config, **more)
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            shape = cls(config, **more)
         held = [*shape.parameters(), *shape.buffers()]
         size = copies * sum(x.numel() * x.element_size() for x in held)
-        if size > _memory(): raise UnclipError(f"{source or cls.name}: needs {size / 1e9:,.0f} GB, this machine has {_memory() / 1e9:.0f}: choose smaller sizes")
+        if size > _memory():
+            raise UnclipError(
+                f"{source or cls.name}: needs {size / 1e9:,.0f} GB, this machine has {_memory() / 1e9:.0f}: choose smaller sizes"
+            )
         return cls(config, **more)
-    except (ArithmeticError, AssertionError, IndexError, MemoryError, RuntimeError, TypeError, ValueError) as e:
-        raise UnclipError(f"{source or cls.name}: these sizes of the {cls.name} don't fit together ({_first_line(e)})") from e
+    except (ArithmeticError, AssertionError, IndexError, MemoryError, RuntimeError, TypeError,
+            ValueError) as e:
+        raise UnclipError(
+            f"{source or cls.name}: these sizes of the {cls.name} don't fit together ({_first_line(e)})"
+        ) from e
 
 # %% ../nbs/04_train.ipynb #52471fd2
 LOADING = ("dtype", "device", "revision", "token", "cache_dir", "local_files_only")     # the options of every from_pretrained
@@ -372,25 +479,40 @@ def local_folder(
 ) -> Path:
     "The folder itself, or the downloaded files of a hub id. A path that looks local never asks the hub. Raises `UnclipError`."
     folder, text = expand(source), str(source)
-    if os.path.isdir(folder): return folder
-    if os.path.exists(folder): raise UnclipError(f"{text!r} is a file: give the folder that it lies in")
+    if os.path.isdir(folder):
+        return folder
+    if os.path.exists(folder):
+        raise UnclipError(f"{text!r} is a file: give the folder that it lies in")
     owner = text.partition("/")[0]
-    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text) and owner not in NOT_ON_HUB and not Path(owner).exists()
-    if not hub_id: raise UnclipError(f"no folder {text!r} with saved weights: check the path")
+    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+",
+                          text) and owner not in NOT_ON_HUB and not Path(owner).exists()
+    if not hub_id:
+        raise UnclipError(f"no folder {text!r} with saved weights: check the path")
     from huggingface_hub import snapshot_download
-    hub = dict(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
-    try: return Path(snapshot_download(text, allow_patterns=list(files), ignore_patterns=list(leave), **hub))
-    except Exception as e: raise UnclipError(f"no folder {text!r}, nor on the hub ({type(e).__name__}): check the name") from None
+    hub = dict(revision=revision,
+               token=token,
+               cache_dir=cache_dir,
+               local_files_only=local_files_only)
+    try:
+        return Path(
+            snapshot_download(text, allow_patterns=list(files), ignore_patterns=list(leave), **hub))
+    except Exception as e:
+        raise UnclipError(
+            f"no folder {text!r}, nor on the hub ({type(e).__name__}): check the name") from None
 
 def check_dtype(dtype) -> torch.dtype|None:
     "A precision that weights may have, or None. Raises `UnclipError` for another."
     allowed = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-    if dtype is None or (isinstance(dtype, torch.dtype) and dtype in allowed): return dtype
-    raise UnclipError(f"dtype is {dtype!r}: give torch.float32, torch.float16, torch.bfloat16 or torch.float64")
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype in allowed):
+        return dtype
+    raise UnclipError(
+        f"dtype is {dtype!r}: give torch.float32, torch.float16, torch.bfloat16 or torch.float64")
 
 def only_writes(options:dict):
     "Refuse what `save_pretrained` does not do. Raises `UnclipError`."
-    if options.pop("push_to_hub", False): raise UnclipError("save_pretrained writes to disk only: call push_to_hub(repo_id) to upload")
+    if options.pop("push_to_hub", False):
+        raise UnclipError(
+            "save_pretrained writes to disk only: call push_to_hub(repo_id) to upload")
     refuse_options("save_pretrained", options, ("dtype",))
 
 # %% ../nbs/04_train.ipynb #22cd66d6
@@ -409,10 +531,17 @@ class Stage(ExactBuffers, PyTorchModelHubMixin, library_name="unclip_nb"):
         "A number to make smaller. Every random draw comes from `generator` (a CPU one); only dropout uses torch's own."
         raise NotImplementedError
 
-    def forward(self, batch:dict, generator:torch.Generator) -> Float[Tensor, ""]: return self.loss(batch, generator)
-    def start(self, batches): "Called once before the first step: the place for statistics of the data."
-    def finish(self, batches, step:int): "Called once after the last step, with the averaged weights: the place for statistics of the trained model, on batches from `step` on."
-    def save_files(self, folder:Path): "Called by `save_pretrained` and for each checkpoint: the place to write more files (a tokenizer, say)."
+    def forward(self, batch: dict, generator: torch.Generator) -> Float[Tensor, ""]:
+        return self.loss(batch, generator)
+
+    def start(self, batches):
+        "Called once before the first step: the place for statistics of the data."
+
+    def finish(self, batches, step: int):
+        "Called once after the last step, with the averaged weights: the place for statistics of the trained model, on batches from `step` on."
+
+    def save_files(self, folder: Path):
+        "Called by `save_pretrained` and for each checkpoint: the place to write more files (a tokenizer, say)."
     def load_files(self, folder:Path): "Called by `from_pretrained`: the place to read them."
 
     @property
@@ -425,7 +554,11 @@ class Stage(ExactBuffers, PyTorchModelHubMixin, library_name="unclip_nb"):
         "config.json, model.safetensors and what `save_files` adds."
         tensors = _tensors(plain_names(self.state_dict()))
         params = plain_names(dict(self.named_parameters(remove_duplicate=False)))
-        if dtype: tensors = {k: v.to(dtype) if k in params and v.dtype == torch.float32 else v for k, v in tensors.items()}
+        if dtype:
+            tensors = {
+                k: v.to(dtype) if k in params and v.dtype == torch.float32 else v
+                for k, v in tensors.items()
+            }
         (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         self.save_files(folder)
@@ -440,7 +573,8 @@ class Stage(ExactBuffers, PyTorchModelHubMixin, library_name="unclip_nb"):
     ):
         "Write config.json and model.safetensors. Raises `UnclipError` for an unknown option and when the disk refuses."
         only_writes(options)
-        with atomic_folder(expand(folder)) as tmp: self.write_files(tmp, check_dtype(dtype))
+        with atomic_folder(expand(folder)) as tmp:
+            self.write_files(tmp, check_dtype(dtype))
 
     @classmethod
     def from_pretrained(cls,
@@ -458,8 +592,10 @@ class Stage(ExactBuffers, PyTorchModelHubMixin, library_name="unclip_nb"):
         refuse_options("from_pretrained", unknown, LOADING)
         dtype, where = check_dtype(dtype), pick_device("cpu" if device is None else device)
         folder = local_folder(folder, revision, token, cache_dir, local_files_only)
-        values, tensors = read_json(folder / "config.json"), read_tensors(folder / "model.safetensors")
-        config = config_from(typing.get_type_hints(cls.__init__)["config"], values, folder / "config.json")
+        values, tensors = read_json(folder / "config.json"), read_tensors(folder /
+                                                                          "model.safetensors")
+        config = config_from(
+            typing.get_type_hints(cls.__init__)["config"], values, folder / "config.json")
         model = build(cls, config, source=str(folder / "config.json"))
         load_weights(model, tensors, folder / "model.safetensors")
         model.load_files(folder)
@@ -481,7 +617,11 @@ def save_checkpoint(
 ):
     "All that the next step depends on, without pickles, sealed. Raises `UnclipError` when the disk refuses; earlier checkpoints are untouched."
     names = {p: k for k, p in model.named_parameters()}
-    moments = {f"{kind}.{names[p]}": v for p, s in optimizer.state.items() for kind, v in s.items() if torch.is_tensor(v)}
+    moments = {
+        f"{kind}.{names[p]}": v
+        for p, s in optimizer.state.items()
+        for kind, v in s.items() if torch.is_tensor(v)
+    }
     with atomic_folder(folder) as tmp:
         for file, tensors in zip(PARTS, (model.state_dict(), ema.state_dict(), moments)):
             save_file(_tensors(tensors), tmp / f"{file}.safetensors")
@@ -493,20 +633,27 @@ def read_state(folder:str|Path) -> dict:
     "The state of a checkpoint whose files are all there and as they were written. Raises `UnclipError` that names the one that is not."
     folder = Path(folder)
     state = read_json(folder / "state.json")
-    if {"files", "seal"} & state.keys(): unsealed(state, folder, folder / "state.json")
+    if {"files", "seal"} & state.keys():
+        unsealed(state, folder, folder / "state.json")
     else:
-        for part in PARTS: read_tensors(folder / f"{part}.safetensors")     # of a version that had no seals
-    if "step" not in state: raise UnclipError(f"{folder / 'state.json'} is damaged: it has no step")
+        for part in PARTS:
+            read_tensors(folder / f"{part}.safetensors")     # of a version that had no seals
+    if "step" not in state:
+        raise UnclipError(f"{folder / 'state.json'} is damaged: it has no step")
     return {k: v for k, v in state.items() if k not in ("files", "seal")}
 
-def load_checkpoint(folder:str|Path, model:nn.Module, ema:nn.Module, optimizer:torch.optim.Optimizer) -> dict:
+
+def load_checkpoint(folder: str | Path, model: nn.Module, ema: nn.Module,
+                    optimizer: torch.optim.Optimizer) -> dict:
     "Undo `save_checkpoint` in place; returns the state. Raises `UnclipError` for missing or damaged files."
     folder, params = Path(folder), dict(model.named_parameters())
     state = read_state(folder)
     for file, module in (("model", model), ("ema", ema)):
-        load_weights(module, read_tensors(folder / f"{file}.safetensors"), folder / f"{file}.safetensors")
+        load_weights(module, read_tensors(folder / f"{file}.safetensors"),
+                     folder / f"{file}.safetensors")
     for key, v in read_tensors(folder / "optimizer.safetensors").items():
-        kind, name = key.split(".", 1); p = params[name]
+        kind, name = key.split(".", 1)
+        p = params[name]
         optimizer.state[p][kind] = v if kind == "step" else torch.empty_like(p).copy_(v) # on p's device, in its memory format
     return state
 
@@ -514,37 +661,53 @@ def newest_checkpoint(out:str|Path) -> tuple[Path|None, dict, dict[Path, str]]:
     "The newest checkpoint that is whole, its state, and the newer ones that are not, with the reason. Raises `UnclipError` where all are damaged."
     damaged = {}
     for folder in reversed(checkpoints(out)):
-        try: return folder, read_state(folder), damaged
-        except UnclipError as e: damaged[folder] = str(e)
-    if damaged: raise UnclipError(f"{next(iter(damaged.values()))}; no other checkpoint in {out} is whole: choose another --out")
+        try:
+            return folder, read_state(folder), damaged
+        except UnclipError as e:
+            damaged[folder] = str(e)
+    if damaged:
+        raise UnclipError(
+            f"{next(iter(damaged.values()))}; no other checkpoint in {out} is whole: choose another --out"
+        )
     return None, {}, {}
 
 # %% ../nbs/04_train.ipynb #feea4433
 def read_log(out:str|Path) -> list[dict]:
     "The entries of `out/log.jsonl`; what is no entry, such as a line cut short by a kill, is left out."
     file, rows = Path(out) / "log.jsonl", []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []:
-        try: row = json.loads(line)
-        except (ValueError, RecursionError): continue
+    for line in file.read_text(encoding="utf-8",
+                               errors="replace").splitlines() if file.is_file() else []:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
         values = [row.get("step"), row.get("loss")] if isinstance(row, dict) else [None]
-        if all(isinstance(v, (int, float)) for v in values): rows.append(row)
+        if all(isinstance(v, (int, float)) for v in values):
+            rows.append(row)
     return rows
 
 def trim_log(out:str|Path, step:int):
     "Forget what was logged after `step`."
     file = Path(out) / "log.jsonl"
-    if not file.exists(): return
+    if not file.exists():
+        return
     rows = [r for r in read_log(out) if r["step"] <= step]
-    with atomic_file(file) as tmp: tmp.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with atomic_file(file) as tmp:
+        tmp.write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 # %% ../nbs/04_train.ipynb #873d534a
 def plot_loss(out:str|Path):
     "Draw `out/log.jsonl` as `out/loss.png`; returns the matplotlib figure."
     from matplotlib.figure import Figure
     rows = read_log(out)
-    fig = Figure(figsize=(5, 3), dpi=100, layout="constrained"); ax = fig.subplots()
-    ax.plot([r["step"] for r in rows], [r["loss"] for r in rows], marker="." if len(rows) < 30 else "", lw=1)
-    ax.set(xlabel="step", ylabel="loss", yscale="log" if rows and min(r["loss"] for r in rows) > 0 else "linear")
+    fig = Figure(figsize=(5, 3), dpi=100, layout="constrained")
+    ax = fig.subplots()
+    ax.plot([r["step"] for r in rows], [r["loss"] for r in rows],
+            marker="." if len(rows) < 30 else "",
+            lw=1)
+    ax.set(xlabel="step",
+           ylabel="loss",
+           yscale="log" if rows and min(r["loss"] for r in rows) > 0 else "linear")
     ax.grid(alpha=0.3)
     save_picture(fig, Path(out) / "loss.png")
     return fig
@@ -558,10 +721,12 @@ class Interrupt:
             self.old = {s: signal.signal(s, self.hear) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
     def hear(self, *_):
-        if self.asked: raise KeyboardInterrupt
+        if self.asked:
+            raise KeyboardInterrupt
         self.asked = True
     def __exit__(self, *_):
-        for s, handler in self.old.items(): signal.signal(s, handler)
+        for s, handler in self.old.items():
+            signal.signal(s, handler)
 
 # %% ../nbs/04_train.ipynb #03dd9f89
 class _Loss(nn.Module):
@@ -576,14 +741,20 @@ def make_accelerator(
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     device = pick_device(device)
-    if cfg.precision == "fp16" and device.type == "cpu": raise UnclipError("precision fp16 needs a GPU: use bf16 or no")
+    if cfg.precision == "fp16" and device.type == "cpu":
+        raise UnclipError("precision fp16 needs a GPU: use bf16 or no")
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", cfg.precision) and is_first():
-        log.warning("accelerate was launched with mixed precision %s, this training uses %s: that is its own precision setting", launched, cfg.precision)
+        log.warning(
+            "accelerate was launched with mixed precision %s, this training uses %s: that is its own precision setting",
+            launched, cfg.precision)
     AcceleratorState._reset_state("WORLD_SIZE" not in os.environ) # one process may train several stages with different settings
-    if device.type == "cuda" and device.index is not None: torch.cuda.set_device(device)
-    try: return Accelerator(cpu=device.type == "cpu", mixed_precision=cfg.precision)
-    except ValueError as e: raise UnclipError(f"precision {cfg.precision!r} doesn't work on {device.type}: {e}") from e
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    try:
+        return Accelerator(cpu=device.type == "cpu", mixed_precision=cfg.precision)
+    except ValueError as e:
+        raise UnclipError(f"precision {cfg.precision!r} doesn't work on {device.type}: {e}") from e
 
 # %% ../nbs/04_train.ipynb #d7017006
 def to_device(
@@ -593,7 +764,8 @@ def to_device(
 ) -> dict:
     "The batch on the device."
     def move(v):
-        if not isinstance(v, Tensor): return v
+        if not isinstance(v, Tensor):
+            return v
         v = v.to(device, non_blocking=device.type == "cuda")
         return v.to(memory_format=torch.channels_last) if channels_last and v.ndim == 4 else v
     return {k: move(v) for k, v in batch.items()}
@@ -604,12 +776,15 @@ def ahead(
     threaded:bool, # make the next one in a thread?
 ):
     "Yields at(s) for each step."
-    if not threaded: yield from map(at, steps); return
+    if not threaded:
+        yield from map(at, steps)
+        return
     with ThreadPoolExecutor(1) as pool:
         coming = [pool.submit(at, s) for s in steps[:1]]
         for s in steps:
             now = coming.pop()
-            if s + 1 in steps: coming.append(pool.submit(at, s + 1))
+            if s + 1 in steps:
+                coming.append(pool.submit(at, s + 1))
             yield now.result()
 
 # %% ../nbs/04_train.ipynb #b217582d
@@ -631,7 +806,8 @@ MAY_CHANGE = ("steps", "save_every", "preview_every", "log_every", "keep")
 
 def other_data(before:dict|None, now:dict|None) -> str:
     "What two data sets' identities differ in, in words; empty if they agree, or if one of them is not known."
-    if not before or not now: return ""
+    if not before or not now:
+        return ""
     return what_differs(*json.loads(json.dumps([before, now])))
 
 def find_state(
@@ -641,23 +817,37 @@ def find_state(
     new_data:bool=False, # also on other data?
 ) -> tuple[Path|None, dict]:
     "The newest whole checkpoint and its state, or (None, fresh). Damaged ones are put aside. Raises `UnclipError` if it isn't asked for or is another run's."
-    for junk in out.glob("checkpoints/.tmp_*"): shutil.rmtree(junk, ignore_errors=True) # a save that was killed
-    if not (found := checkpoints(out)): return None, fresh
-    if not resume: raise UnclipError(f"{out} already holds {found[-1].name}: go on with --resume or choose another --out")
+    for junk in out.glob("checkpoints/.tmp_*"):
+        shutil.rmtree(junk, ignore_errors=True) # a save that was killed
+    if not (found := checkpoints(out)):
+        return None, fresh
+    if not resume:
+        raise UnclipError(
+            f"{out} already holds {found[-1].name}: go on with --resume or choose another --out")
     last, saved, damaged = newest_checkpoint(out)
     fresh = json.loads(json.dumps(fresh))
-    flat = lambda s: {"stage": s.get("stage"), "processes": s.get("processes"), **{f"model.{k}": v for k, v in s.get("model", {}).items()},
-                      **{k: v for k, v in s.get("train", {}).items() if k not in MAY_CHANGE}}
+    flat = lambda s: {
+        "stage": s.get("stage"), "processes": s.get("processes"), **{
+            f"model.{k}": v
+            for k, v in s.get("model", {}).items()
+        }, **{k: v
+              for k, v in s.get("train", {}).items() if k not in MAY_CHANGE}
+    }
     old, new = flat(saved), flat(fresh)
     for k in sorted(old.keys() | new.keys()):
         a, b = old.get(k), new.get(k)
-        if a != b: raise UnclipError(f"{last} has {k} = {a!r}, this run {b!r}: use the same or choose another --out")
+        if a != b:
+            raise UnclipError(
+                f"{last} has {k} = {a!r}, this run {b!r}: use the same or choose another --out")
     other = other_data(saved.get("data"), fresh.get("data"))
     if other and not new_data:
-        raise UnclipError(f"{last} was trained on other data ({other}): give the same, choose another --out, or go on with these by --new-data")
+        raise UnclipError(
+            f"{last} was trained on other data ({other}): give the same, choose another --out, or go on with these by --new-data"
+        )
     for folder, why in damaged.items() if is_first() else ():
         log.warning("%s: going on from the older %s", why, last.name)
-        with writing(folder): folder.rename(folder.with_name(f"damaged_{folder.name}_{time.time_ns()}"))
+        with writing(folder):
+            folder.rename(folder.with_name(f"damaged_{folder.name}_{time.time_ns()}"))
     return last, fresh | saved | {"train": fresh["train"], "data": fresh.get("data")}
 
 # %% ../nbs/04_train.ipynb #d1d0a36b
@@ -666,23 +856,43 @@ def data_identity(batches) -> dict|None:
     identity = getattr(getattr(batches, "data", None), "identity", None)
     return identity() if identity else None
 
-def start_run(model:Stage, batches, cfg:TrainConfig, out:str|Path, resume:bool=False, device:str="auto", new_data:bool=False) -> Run:
+
+def start_run(model: Stage,
+              batches,
+              cfg: TrainConfig,
+              out: str | Path,
+              resume: bool = False,
+              device: str = "auto",
+              new_data: bool = False) -> Run:
     "Everything in place for the next step, from nothing or from the newest checkpoint. Arguments and errors as in `fit`."
     accelerator, out = make_accelerator(cfg, device), Path(out)
-    fresh = dict(stage=model.name, processes=accelerator.num_processes, step=0, seconds=0.0, recent=[],
-                 model=asdict(model.config) if model.config else {}, train=asdict(cfg), data=data_identity(batches))
+    fresh = dict(stage=model.name,
+                 processes=accelerator.num_processes,
+                 step=0,
+                 seconds=0.0,
+                 recent=[],
+                 model=asdict(model.config) if model.config else {},
+                 train=asdict(cfg),
+                 data=data_identity(batches))
     checkpoint, state = find_state(out, fresh, resume, new_data)
     accelerator.wait_for_everyone()
-    model.to(accelerator.device, memory_format=torch.channels_last if cfg.channels_last else torch.preserve_format)
-    if checkpoint is None: model.start(batches)
+    model.to(accelerator.device,
+             memory_format=torch.channels_last if cfg.channels_last else torch.preserve_format)
+    if checkpoint is None:
+        model.start(batches)
     net = accelerator.prepare(_Loss(model))
-    if cfg.compile: net = torch.compile(net)
+    if cfg.compile:
+        net = torch.compile(net)
     ema, optimizer = copy.deepcopy(model).eval().requires_grad_(False), make_optimizer(model, cfg)
-    if checkpoint: load_checkpoint(checkpoint, model, ema, optimizer)
+    if checkpoint:
+        load_checkpoint(checkpoint, model, ema, optimizer)
     run = Run(model, ema, net, accelerator.prepare(optimizer), accelerator, cfg, out, state)
-    if accelerator.scaler and "scaler" in state: accelerator.scaler.load_state_dict(state["scaler"])
+    if accelerator.scaler and "scaler" in state:
+        accelerator.scaler.load_state_dict(state["scaler"])
     if run.main:
-        with writing(out): out.mkdir(parents=True, exist_ok=True); trim_log(out, state["step"])
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            trim_log(out, state["step"])
     return run
 
 # %% ../nbs/04_train.ipynb #dd18c5d0
@@ -702,13 +912,19 @@ def train_step(
             acc.backward(loss)
         total += loss.detach().float()
     norm = float(acc.clip_grad_norm_(run.model.parameters(), cfg.clip_norm or math.inf))
-    loss, stop = acc.reduce(torch.stack([total, torch.full_like(total, interrupt is not None and interrupt.asked)]), "mean").tolist()
+    loss, stop = acc.reduce(
+        torch.stack([total,
+                     torch.full_like(total, interrupt is not None and interrupt.asked)]),
+        "mean").tolist()
     if not math.isfinite(loss) or not (math.isfinite(norm) or acc.scaler): # fp16's scaler skips an overflowing step by itself
         kept = checkpoints(run.out)[-1:] or ["none yet"]
-        raise UnclipError(f"{run.model.name}: loss {loss:g}, gradient norm {norm:g} at step {step + 1}; "
-                          f"last good checkpoint: {kept[0]}; try a lower lr")
-    for group in run.optimizer.param_groups: group["lr"] = lr_at(step, cfg)
-    run.optimizer.step(); run.optimizer.zero_grad()
+        raise UnclipError(
+            f"{run.model.name}: loss {loss:g}, gradient norm {norm:g} at step {step + 1}; "
+            f"last good checkpoint: {kept[0]}; try a lower lr")
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr_at(step, cfg)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
     ema_update(run.ema, run.model, step, cfg.ema_decay)
     run.state["step"] += 1
     return loss, norm, stop > 0
@@ -718,9 +934,12 @@ def save_run(run:Run):
     "Write a checkpoint and the loss curve; keep the newest `cfg.keep` checkpoints. Raises `UnclipError` for weights that are no numbers any more."
     folder = run.out / "checkpoints" / f"step_{run.state['step']:08d}"
     if not all(v.isfinite().all() for m in (run.model, run.ema) for v in m.state_dict().values()):
-        raise UnclipError(f"{run.model.name}: weights that are not finite after step {run.state['step']}; try a lower lr")
+        raise UnclipError(
+            f"{run.model.name}: weights that are not finite after step {run.state['step']}; try a lower lr"
+        )
     if run.main and not folder.exists():
-        if run.accelerator.scaler: run.state["scaler"] = run.accelerator.scaler.state_dict()
+        if run.accelerator.scaler:
+            run.state["scaler"] = run.accelerator.scaler.state_dict()
         save_checkpoint(folder, run.model, run.ema, run.optimizer, run.state)
         with writing(run.out):
             plot_loss(run.out)
@@ -731,10 +950,15 @@ def save_run(run:Run):
 def log_run(run:Run, norm:float, speed:float) -> dict:
     "Append a line to the log: the mean loss since the last one, the rate, the gradient's norm, images per second, seconds in all."
     recent, run.state["recent"] = run.state["recent"], []
-    row = dict(step=run.state["step"], loss=sum(recent) / len(recent), lr=lr_at(run.state["step"] - 1, run.cfg), grad_norm=norm,
-               images_per_s=round(speed, 1), seconds=round(run.state["seconds"], 2))
+    row = dict(step=run.state["step"],
+               loss=sum(recent) / len(recent),
+               lr=lr_at(run.state["step"] - 1, run.cfg),
+               grad_norm=norm,
+               images_per_s=round(speed, 1),
+               seconds=round(run.state["seconds"], 2))
     if run.main:
-        with writing(run.out / "log.jsonl"), (run.out / "log.jsonl").open("a") as f: f.write(json.dumps(row) + "\n")
+        with writing(run.out / "log.jsonl"), (run.out / "log.jsonl").open("a") as f:
+            f.write(json.dumps(row) + "\n")
     return row
 
 # %% ../nbs/04_train.ipynb #c724ce04
@@ -750,8 +974,12 @@ def train_steps(
     began = time.perf_counter() - state["seconds"]
     images, done, busy = cfg.accumulate * batches.batch_size * acc.num_processes, 0, 0.0
     feed = ahead(lambda i: batches.at(i, acc.process_index, acc.num_processes),
-                 range(state["step"] * cfg.accumulate, cfg.steps * cfg.accumulate), threaded=acc.device.type != "cpu")
-    bar = tqdm(total=cfg.steps, initial=min(state["step"], cfg.steps), desc=run.model.name, file=sys.stderr,
+                 range(state["step"] * cfg.accumulate, cfg.steps * cfg.accumulate),
+                 threaded=acc.device.type != "cpu")
+    bar = tqdm(total=cfg.steps,
+               initial=min(state["step"], cfg.steps),
+               desc=run.model.name,
+               file=sys.stderr,
                disable=not (run.main and progress))
     def due(every): return state["step"] % every == 0 or state["step"] == cfg.steps
     run.model.train()
@@ -759,17 +987,27 @@ def train_steps(
         while state["step"] < cfg.steps:
             t = time.perf_counter()
             loss, norm, stop = train_step(run, feed, interrupt)
-            now = time.perf_counter(); done += 1; busy += now - t
-            state["recent"].append(loss); state["seconds"] = now - began
+            now = time.perf_counter()
+            done += 1
+            busy += now - t
+            state["recent"].append(loss)
+            state["seconds"] = now - began
             bar.update()
             if due(cfg.log_every):
-                row = log_run(run, norm, done * images / busy); done, busy = 0, 0.0
-                bar.set_postfix({"loss": f"{row['loss']:.4f}", "images/s": f"{row['images_per_s']:.0f}"})
-            if stop or due(cfg.save_every): save_run(run)
+                row = log_run(run, norm, done * images / busy)
+                done, busy = 0, 0.0
+                bar.set_postfix(
+                    {"loss": f"{row['loss']:.4f}", "images/s": f"{row['images_per_s']:.0f}"})
+            if stop or due(cfg.save_every):
+                save_run(run)
             if stop:
-                if run.main: bar.write(f"{run.model.name}: stopped and saved after step {state['step']}; go on with --resume", file=sys.stderr)
+                if run.main:
+                    bar.write(
+                        f"{run.model.name}: stopped and saved after step {state['step']}; go on with --resume",
+                        file=sys.stderr)
                 raise KeyboardInterrupt
-            if preview and run.main and due(cfg.preview_every): save_preview(run, preview)
+            if preview and run.main and due(cfg.preview_every):
+                save_preview(run, preview)
 
 # %% ../nbs/04_train.ipynb #c0f1a009
 RECORD = "run.json"
@@ -796,8 +1034,10 @@ def finished_record(out:str|Path) -> dict|None:
         record, = read_json(out / RECORD).values()
         unsealed(record, out, out / RECORD)
         last = checkpoints(out)[-1:]
-        if last and read_json(last[0] / "state.json").get("seal") != record["checkpoint"]: return None
-    except (AttributeError, KeyError, UnclipError, ValueError): return None
+        if last and read_json(last[0] / "state.json").get("seal") != record["checkpoint"]:
+            return None
+    except (AttributeError, KeyError, UnclipError, ValueError):
+        return None
     return record
 
 # %% ../nbs/04_train.ipynb #c0f1a00a
@@ -825,7 +1065,10 @@ def save_preview(run:Run, preview):
     "Draw `preview(ema)` as `out/previews/step_000500.png`. A failure is logged, not raised."
     file = run.out / "previews" / f"step_{run.state['step']:06d}.png"
     try:
-        with torch.no_grad(): picture = preview(run.ema)
+        with torch.no_grad():
+            picture = preview(run.ema)
         file.parent.mkdir(exist_ok=True)
         save_picture(picture, file)
-    except Exception as e: log.warning("%s: no preview at step %d (%s: %s)", run.model.name, run.state["step"], type(e).__name__, _first_line(e))
+    except Exception as e:
+        log.warning("%s: no preview at step %d (%s: %s)", run.model.name, run.state["step"],
+                    type(e).__name__, _first_line(e))

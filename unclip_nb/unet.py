@@ -39,8 +39,13 @@ class UNetConfig:
     checkpoint: bool = False                     # training keeps only what goes into each step and computes the rest again: less memory, more time
 
     def __post_init__(self):
-        check_config(self, channel_mult=dict(size=range(1, 10)), res_blocks=dict(high=100), attention=dict(size=range(10)),
-                     emb_dim=dict(whole=True), context_width=dict(low=0), dropout=dict(high=1))
+        check_config(self,
+                     channel_mult=dict(size=range(1, 10)),
+                     res_blocks=dict(high=100),
+                     attention=dict(size=range(10)),
+                     emb_dim=dict(whole=True),
+                     context_width=dict(low=0),
+                     dropout=dict(high=1))
 
     @property
     def emb_width(self) -> int:
@@ -60,11 +65,14 @@ class UNetConfig:
 # %% ../nbs/10_unet.ipynb #5ed573a8
 def norm(channels:int) -> nn.GroupNorm:
     "Group normalisation: 32 groups, fewer where a group would have under four channels or the channels would not divide."
-    return nn.GroupNorm(next(g for g in range(max(1, min(32, channels // 4)), 0, -1) if channels % g == 0), channels)
+    return nn.GroupNorm(
+        next(g for g in range(max(1, min(32, channels // 4)), 0, -1) if channels % g == 0),
+        channels)
 
 def zero(layer:nn.Module) -> nn.Module:
     "The same layer with all its parameters zero, so that the block around it starts as the identity."
-    for p in layer.parameters(): nn.init.zeros_(p)
+    for p in layer.parameters():
+        nn.init.zeros_(p)
     return layer
 
 # %% ../nbs/10_unet.ipynb #415f4b22
@@ -88,10 +96,12 @@ class ResBlock(nn.Module):
 
     def resampled(self, x:Tensor) -> Tensor:
         "`x` at half, twice or the same side."
-        if self.resample == "down": return F.avg_pool2d(x, 2)
+        if self.resample == "down":
+            return F.avg_pool2d(x, 2)
         return F.interpolate(x, scale_factor=2, mode="nearest") if self.resample == "up" else x
 
-    def forward(self, x:Float[Tensor, "b cin h w"], emb:Float[Tensor, "b e"]) -> Float[Tensor, "b cout h2 w2"]:
+    def forward(self, x: Float[Tensor, "b cin h w"],
+                emb: Float[Tensor, "b e"]) -> Float[Tensor, "b cout h2 w2"]:
         h = self.conv1(self.resampled(F.silu(self.norm1(x))))
         e = self.emb(F.silu(emb))[:, :, None, None]
         scale, shift = e.chunk(2, dim=1) if self.film else (0, 0)
@@ -107,7 +117,8 @@ def scaled_dot_product(
 ) -> Float[Tensor, "b heads n d"]:
     "`F.scaled_dot_product_attention`; written out for bf16 on a CPU, where there and back through the fused kernel takes three times as long."
     mask = None if keep is None else keep[:, None, None]
-    if q.is_cpu and q.dtype == torch.bfloat16 and keep is None: return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype) @ v
+    if q.is_cpu and q.dtype == torch.bfloat16 and keep is None:
+        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 class AttentionBlock(nn.Module):
@@ -118,7 +129,10 @@ class AttentionBlock(nn.Module):
         context_width:int=0, # of the context tokens; 0: there are none
     ):
         super().__init__()
-        if channels % head_channels: raise UnclipError(f"{channels} channels do not divide into heads of {head_channels}: change head_channels")
+        if channels % head_channels:
+            raise UnclipError(
+                f"{channels} channels do not divide into heads of {head_channels}: change head_channels"
+            )
         self.heads = channels // head_channels
         self.norm, self.qkv = norm(channels), nn.Linear(channels, 3 * channels)
         self.context_kv = nn.Linear(context_width, 2 * channels) if context_width else None
@@ -130,7 +144,8 @@ class AttentionBlock(nn.Module):
 
     def encode(self, context:Float[Tensor, "b n k"]) -> tuple[Tensor, Tensor]:
         "The context's keys and values. Raises `UnclipError` where the block was built for none."
-        if self.context_kv is None: raise UnclipError("this U-Net takes no context tokens: set context_width")
+        if self.context_kv is None:
+            raise UnclipError("this U-Net takes no context tokens: set context_width")
         return self.split(self.context_kv(context), 2)
 
     def forward(self, x:Float[Tensor, "b c h w"], kv:tuple|None=None) -> Float[Tensor, "b c h w"]:
@@ -138,7 +153,8 @@ class AttentionBlock(nn.Module):
         q, k, v = self.split(self.qkv(self.norm(x).flatten(2).mT), 3)
         keep = None
         if kv is not None:
-            if len(kv) > 2: keep = F.pad(kv[2], (0, k.shape[2]), value=True)
+            if len(kv) > 2:
+                keep = F.pad(kv[2], (0, k.shape[2]), value=True)
             k, v = torch.cat([kv[0].to(k), k], 2), torch.cat([kv[1].to(v), v], 2)
         h = scaled_dot_product(q, k, v, keep).transpose(1, 2).flatten(2)   # eq. 2
         return x + self.out(h).mT.unflatten(2, x.shape[-2:])
@@ -165,7 +181,8 @@ class UNet(nn.Module):
     def __init__(self, config:UNetConfig):
         super().__init__()
         self.config = c = config
-        widths, attends = [c.channels * m for m in c.channel_mult], [side in tuple(c.attention) for side in c.sides]
+        widths, attends = [c.channels * m for m in c.channel_mult
+                           ], [side in tuple(c.attention) for side in c.sides]
         def step(cin, cout, attn=False, resample=None):
             return Level(ResBlock(cin, cout, c.emb_width, c.dropout, resample, c.film),
                          AttentionBlock(cout, c.head_channels, c.context_width) if attn else None)
@@ -173,13 +190,22 @@ class UNet(nn.Module):
         self.stem = nn.Conv2d(c.in_channels * c.patch ** 2, ch, 3, padding=1)
         self.down, self.up, kept = nn.ModuleList(), nn.ModuleList(), [ch]
         for i, (w, a) in enumerate(zip(widths, attends)):
-            if i: self.down.append(step(ch, ch, resample="down")); kept.append(ch)
-            for _ in range(c.res_blocks): self.down.append(step(ch, w, a)); ch = w; kept.append(ch)
+            if i:
+                self.down.append(step(ch, ch, resample="down"))
+                kept.append(ch)
+            for _ in range(c.res_blocks):
+                self.down.append(step(ch, w, a))
+                ch = w
+                kept.append(ch)
         self.middle = nn.ModuleList([step(ch, ch, bool(c.attention)), step(ch, ch)])
         for i in reversed(range(len(widths))):
-            for _ in range(c.res_blocks + 1): self.up.append(step(ch + kept.pop(), widths[i], attends[i])); ch = widths[i]
-            if i: self.up.append(step(ch, ch, resample="up"))
-        self.norm, self.out = norm(ch), zero(nn.Conv2d(ch, c.out_channels * c.patch ** 2, 3, padding=1))
+            for _ in range(c.res_blocks + 1):
+                self.up.append(step(ch + kept.pop(), widths[i], attends[i]))
+                ch = widths[i]
+            if i:
+                self.up.append(step(ch, ch, resample="up"))
+        self.norm, self.out = norm(ch), zero(
+            nn.Conv2d(ch, c.out_channels * c.patch**2, 3, padding=1))
 
     def attentions(self) -> list[AttentionBlock]:
         "The attention blocks, in the order in which they run."
@@ -194,7 +220,9 @@ class UNet(nn.Module):
     def step(self, s:Level, x:Tensor, emb:Tensor, kvs, skip:Tensor|None=None) -> Tensor:
         "One step of the U, checkpointed where the config says so; `kvs` is an iterator over the keys and values of the attention blocks."
         args = x, emb, None if s.attn is None else next(kvs), skip
-        return checkpoint(s, *args, use_reentrant=False) if self.config.checkpoint and torch.is_grad_enabled() else s(*args)
+        return checkpoint(
+            s, *args,
+            use_reentrant=False) if self.config.checkpoint and torch.is_grad_enabled() else s(*args)
 
     def forward(self,
         x:Float[Tensor, "b c h w"],                    # the picture; sides are multiples of `config.stride`
@@ -203,13 +231,20 @@ class UNet(nn.Module):
     ) -> Float[Tensor, "b o h w"]:
         "A picture of the same size. Raises `UnclipError` for a size that does not halve evenly."
         c, (h, w) = self.config, x.shape[-2:]
-        if h % c.stride or w % c.stride: raise UnclipError(f"a picture of {w} x {h}: both sides must be multiples of {c.stride} for this U-Net")
+        if h % c.stride or w % c.stride:
+            raise UnclipError(
+                f"a picture of {w} x {h}: both sides must be multiples of {c.stride} for this U-Net"
+            )
         kvs = iter(context if isinstance(context, list) else self.encode_context(context))
         x = self.stem(F.pixel_unshuffle(x, c.patch))
         kept = [x]
-        for s in self.down: x = self.step(s, x, emb, kvs); kept.append(x)
-        for s in self.middle: x = self.step(s, x, emb, kvs)
-        for s in self.up: x = self.step(s, x, emb, kvs, None if s.res.resample else kept.pop())
+        for s in self.down:
+            x = self.step(s, x, emb, kvs)
+            kept.append(x)
+        for s in self.middle:
+            x = self.step(s, x, emb, kvs)
+        for s in self.up:
+            x = self.step(s, x, emb, kvs, None if s.res.resample else kept.pop())
         return F.pixel_shuffle(self.out(F.silu(self.norm(x))), c.patch)
 
 # %% ../nbs/10_unet.ipynb #f3121b5d
@@ -220,17 +255,31 @@ def as_on_gpu(
 ):
     "Inside, networks on the meta device compute as a GPU would: attention in one kernel, in float32 or under autocast."
     def to(dtype, x):
-        if not torch.is_tensor(x) or not x.is_floating_point(): return x
-        if isinstance(x, nn.Parameter) and dtype != x.dtype: cast.append(x.to(dtype)); return cast[-1]
+        if not torch.is_tensor(x) or not x.is_floating_point():
+            return x
+        if isinstance(x, nn.Parameter) and dtype != x.dtype:
+            cast.append(x.to(dtype))
+            return cast[-1]
         return x.to(dtype)
-    def rule(f, dtype): return lambda *a, **k: f(*(to(dtype, x) for x in a), **{n: to(dtype, x) for n, x in k.items()})
+
+    def rule(f, dtype):
+        return lambda *a, **k: f(*(to(dtype, x)
+                                   for x in a), **{n: to(dtype, x)
+                                                   for n, x in k.items()})
     def attend(q, k, v, attn_mask=None, dropout_p=0., is_causal=False, **_):
-        if not q.is_meta: return attention(q, k, v, attn_mask, dropout_p, is_causal)
-        return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, dropout_p, is_causal)[0]
-    attention, low, high = F.scaled_dot_product_attention, (F.linear, F.conv2d), (F.group_norm, F.layer_norm)
-    rules = {f.__name__: rule(f, torch.bfloat16) for f in low} | {f.__name__: rule(f, torch.float32) for f in high} if bf16 else {}
+        if not q.is_meta:
+            return attention(q, k, v, attn_mask, dropout_p, is_causal)
+        return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True,
+                                                                      dropout_p, is_causal)[0]
+
+    attention, low, high = F.scaled_dot_product_attention, (F.linear, F.conv2d), (F.group_norm,
+                                                                                  F.layer_norm)
+    rules = {f.__name__: rule(f, torch.bfloat16)
+             for f in low} | {f.__name__: rule(f, torch.float32)
+                              for f in high} if bf16 else {}
     rules["scaled_dot_product_attention"] = rule(attend, torch.bfloat16) if bf16 else attend
-    with mock.patch.multiple(F, **rules): yield
+    with mock.patch.multiple(F, **rules):
+        yield
 
 # %% ../nbs/10_unet.ipynb #f3121b5e
 @dataclass
@@ -250,14 +299,17 @@ def forward_cost(
     own = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
     def keep(x):
         s = x.untyped_storage()
-        if s._cdata not in own and s._cdata not in seen and all(s._cdata != c.untyped_storage()._cdata for c in cast): cost.kept += s.nbytes()
+        if s._cdata not in own and s._cdata not in seen and all(
+                s._cdata != c.untyped_storage()._cdata for c in cast):
+            cost.kept += s.nbytes()
         seen[s._cdata] = s
         return x
     def enter(*_): cost.steps.append(-cost.kept)
     def leave(*_): cost.steps[-1] += cost.kept
     with ExitStack() as stack:
         for s in (m for m in model.modules() if isinstance(m, Level)):
-            for handle in (s.register_forward_pre_hook(enter), s.register_forward_hook(leave)): stack.callback(handle.remove)
+            for handle in (s.register_forward_pre_hook(enter), s.register_forward_hook(leave)):
+                stack.callback(handle.remove)
         stack.enter_context(as_on_gpu(bf16, cast))
         counter = stack.enter_context(FlopCounterMode(display=False))
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from jaxtyping import Float
 from torch import Tensor
-from .core import Generators, UnclipError, as_images, choice, number, randn, resize
+from .core import Generators, UnclipError, as_images, number, randn, resize
 from .degradations import blur_some, bsr_degrade, gaussian_kernel
 from .diffusion import Schedule, Steps, ddim_sample, predict, q_sample, simple_loss
 from .layers import TimeEmbedding
@@ -26,9 +26,12 @@ def as_pairs(
     b,  # as many, of the same size
 ) -> tuple[Tensor, Tensor]:
     "Both as pictures in [-1, 1]. Raises `UnclipError` where they cannot be compared."
-    a, b = (x.float().clamp(-1, 1) if isinstance(x, Tensor) and x.is_floating_point() else as_images(x) for x in (a, b))
+    a, b = (x.float().clamp(-1, 1)
+            if isinstance(x, Tensor) and x.is_floating_point() else as_images(x) for x in (a, b))
     if a.ndim != 4 or a.shape != b.shape or not a.numel():
-        raise UnclipError(f"pictures of shapes {tuple(a.shape)} and {tuple(b.shape)} cannot be compared: give (b, c, h, w) twice")
+        raise UnclipError(
+            f"pictures of shapes {tuple(a.shape)} and {tuple(b.shape)} cannot be compared: give (b, c, h, w) twice"
+        )
     return a, b
 
 def psnr(
@@ -46,7 +49,10 @@ def enlarge(
     mode:str="bilinear",          # or nearest, bicubic
 ) -> Float[Tensor, "b c H W"]:
     "Pictures of `factor` times the side, by interpolation alone."
-    return F.interpolate(low, scale_factor=factor, mode=mode, align_corners=None if mode == "nearest" else False)
+    return F.interpolate(low,
+                         scale_factor=factor,
+                         mode=mode,
+                         align_corners=None if mode == "nearest" else False)
 
 # %% ../nbs/13_upsampler.ipynb #4d66e912
 def ssim(
@@ -55,7 +61,8 @@ def ssim(
 ) -> Float[Tensor, "b"]:
     "Structural similarity of each pair of pictures, at most 1: the mean over colours and all windows of 11 px that fit (Wang et al. 2004)."
     a, b = as_pairs(a, b)
-    if min(a.shape[-2:]) < 11: raise UnclipError(f"pictures of {a.shape[-1]} x {a.shape[-2]} px: give at least 11 a side")
+    if min(a.shape[-2:]) < 11:
+        raise UnclipError(f"pictures of {a.shape[-1]} x {a.shape[-2]} px: give at least 11 a side")
     k = gaussian_kernel(torch.tensor([1.5], dtype=torch.float64, device=a.device), 11)[0]
     def mean(x): return F.conv2d(F.conv2d(x, k.view(1, 1, -1, 1)), k.view(1, 1, 1, -1))
     x, y = ((v.clamp(-1, 1).double() + 1).flatten(0, 1)[:, None] / 2 for v in (a, b))
@@ -82,8 +89,10 @@ def crops(
 ) -> Float[Tensor, "m c side side"]:
     "`n` random square pieces of every picture: the first picture's, then the second's."
     b, _, h, w = images.shape
-    tops, lefts = (torch.randint(0, (s - side) // align + 1, (b * n,), generator=generator).mul(align).tolist() for s in (h, w))
-    return torch.stack([images[i // n, :, y:y + side, x:x + side] for i, (y, x) in enumerate(zip(tops, lefts))])
+    tops, lefts = (torch.randint(0, (s - side) // align + 1, (b * n, ),
+                                 generator=generator).mul(align).tolist() for s in (h, w))
+    return torch.stack(
+        [images[i // n, :, y:y + side, x:x + side] for i, (y, x) in enumerate(zip(tops, lefts))])
 
 # %% ../nbs/13_upsampler.ipynb #967673c5
 DEGRADATIONS = ("none", "blur", "bsr", "bsr_light")
@@ -114,9 +123,17 @@ class UpsamplerConfig:
 
     def __post_init__(self):
         share = dict(high=1)
-        check_config(self, channel_mult=dict(size=range(1, 10)), res_blocks=dict(high=100), dropout=share,
-                     crop=dict(above=0, high=1), degradation=DEGRADATIONS, blur_p=share, blur_sigma=dict(size=(1, 2)),
-                     bsr_p=share, target=("eps", "x0", "v"), weighting=("none", "min_snr", "sqrt_snr"),
+        check_config(self,
+                     channel_mult=dict(size=range(1, 10)),
+                     res_blocks=dict(high=100),
+                     dropout=share,
+                     crop=dict(above=0, high=1),
+                     degradation=DEGRADATIONS,
+                     blur_p=share,
+                     blur_sigma=dict(size=(1, 2)),
+                     bsr_p=share,
+                     target=("eps", "x0", "v"),
+                     weighting=("none", "min_snr", "sqrt_snr"),
                      schedule=("cosine", "linear"))
 
     @property
@@ -127,7 +144,15 @@ class UpsamplerConfig:
     @property
     def unet(self) -> UNetConfig:
         "No attention: convolutions only, so any size will do."
-        return UNetConfig(self.size, 6, 3, self.channels, self.channel_mult, self.res_blocks, (), dropout=self.dropout, patch=self.patch, checkpoint=self.checkpoint)
+        return UNetConfig(self.size,
+                          6,
+                          3,
+                          self.channels,
+                          self.channel_mult,
+                          self.res_blocks, (),
+                          dropout=self.dropout,
+                          patch=self.patch,
+                          checkpoint=self.checkpoint)
 
     @property
     def crop_side(self) -> int:
@@ -137,12 +162,28 @@ class UpsamplerConfig:
     @classmethod
     def nano(cls):
         "16 -> 64 px, for a CPU."
-        return cls(low_size=16, channels=32, channel_mult=(1, 2), res_blocks=1, patch=4, crop=0.5, crops=2, target="x0", residual=True)
+        return cls(low_size=16,
+                   channels=32,
+                   channel_mult=(1, 2),
+                   res_blocks=1,
+                   patch=4,
+                   crop=0.5,
+                   crops=2,
+                   target="x0",
+                   residual=True)
 
     @classmethod
     def tiny(cls):
         "32 -> 128 px: 4,000 steps took 18 minutes on one busy CPU core."
-        return cls(low_size=32, channels=48, channel_mult=(1, 1), res_blocks=2, patch=4, crop=0.25, crops=4, target="x0", residual=True)
+        return cls(low_size=32,
+                   channels=48,
+                   channel_mult=(1, 1),
+                   res_blocks=2,
+                   patch=4,
+                   crop=0.25,
+                   crops=4,
+                   target="x0",
+                   residual=True)
 
     @classmethod
     def small(cls):
@@ -168,26 +209,36 @@ class Upsampler(Stage):
         super().__init__()
         self.config = c = config
         if c.crop_side < 1 or c.crop_side > c.size or c.crop_side % c.unet.stride or c.crop_side % c.factor:
-            raise UnclipError(f"crop={c.crop:g} of {c.size} px is {c.crop_side} px: must be a multiple of the U-Net's stride {c.unet.stride} and of factor {c.factor}")
+            raise UnclipError(
+                f"crop={c.crop:g} of {c.size} px is {c.crop_side} px: must be a multiple of the U-Net's stride {c.unet.stride} and of factor {c.factor}"
+            )
         self.schedule = Schedule(c.schedule, c.T)
         self.unet = UNet(c.unet)
         self.time = TimeEmbedding(c.channels, c.unet.emb_width)
 
     def network(self, x_t:Tensor, t:Tensor, big:Tensor) -> Tensor:
         "The U-Net's answer about a noised picture, with the enlarged one stacked on its channels."
-        out = self.unet(torch.cat([x_t, big], 1).to(self.unet.stem.weight.dtype), self.time(t)).to(big.dtype)
-        if not self.config.residual or self.config.target == "eps": return out
-        return out + big if self.config.target == "x0" else out - self.schedule.gather("noise", t, big) * big
+        out = self.unet(torch.cat([x_t, big], 1).to(self.unet.stem.weight.dtype),
+                        self.time(t)).to(big.dtype)
+        if not self.config.residual or self.config.target == "eps":
+            return out
+        return out + big if self.config.target == "x0" else out - self.schedule.gather(
+            "noise", t, big) * big
 
-    def pairs(self, x0:Float[Tensor, "b 3 s s"], generator:torch.Generator) -> tuple[Tensor, Tensor]:
+    def pairs(self, x0: Float[Tensor, "b 3 s s"],
+              generator: torch.Generator) -> tuple[Tensor, Tensor]:
         "Random crops of large pictures, and beside each what the network is given of it: small, perhaps spoilt, enlarged again."
         c = self.config
         if c.degradation.startswith("bsr"):                                   # operation by operation: only on what is needed
             x0 = crops(x0, c.crop_side, c.crops, c.factor, generator)
-            return x0, enlarge(bsr_degrade(x0, generator, c.factor, "light" if c.degradation == "bsr_light" else "full", c.bsr_p), c.factor)
+            return x0, enlarge(
+                bsr_degrade(x0, generator, c.factor,
+                            "light" if c.degradation == "bsr_light" else "full", c.bsr_p), c.factor)
         small = resize(x0, c.low_size)
-        if c.degradation == "blur": small = blur_some(small, c.blur_p, generator, c.blur_sigma)
-        return crops(torch.cat([x0, enlarge(small, c.factor)], 1), c.crop_side, c.crops, c.factor, generator).chunk(2, dim=1)
+        if c.degradation == "blur":
+            small = blur_some(small, c.blur_p, generator, c.blur_sigma)
+        return crops(torch.cat([x0, enlarge(small, c.factor)], 1), c.crop_side, c.crops, c.factor,
+                     generator).chunk(2, dim=1)
 
     def loss(self, batch:dict, generator:torch.Generator) -> Float[Tensor, ""]:
         "Squared error on random crops of `batch['image']`, which is brought to the large size; some of the small pictures are spoilt."
@@ -203,7 +254,8 @@ class Upsampler(Stage):
 def denoiser(self:Upsampler, low_res:Float[Tensor, "b c h w"]):
     "A function (x_t, t) -> Prediction with the small picture inside. Nothing is corrupted now."
     big = enlarge(low_res, self.config.factor)
-    return lambda x_t, t: predict(self.schedule, self.config.target, self.network(x_t, t, big), x_t, t)
+    return lambda x_t, t: predict(self.schedule, self.config.target, self.network(x_t, t, big), x_t,
+                                  t)
 
 @patch
 @torch.no_grad()
@@ -216,13 +268,25 @@ def sample(self:Upsampler,
     pixels:int=2 ** 20,               # of all large pictures drawn at once: bounds the memory
 ) -> Float[Tensor, "b c H W"]:
     "Draw large pictures in [-1, 1] for small ones, a few at a time. Raises `UnclipError` for what is no picture or a setting that cannot be."
-    low_res, pixels = as_images(low_res, "small pictures").to(self.device), number("pixels", pixels, low=1, whole=True)
+    low_res, pixels = as_images(low_res, "small pictures").to(self.device), number("pixels",
+                                                                                   pixels,
+                                                                                   low=1,
+                                                                                   whole=True)
     steps, eta = self.config.steps if steps is None else steps, number("eta", eta, low=0, high=1)
-    b, c, h, w = low_res.shape; f = self.config.factor
-    x_T, n = randn((b, c, f * h, f * w), generator, low_res.device), max(1, pixels // (f * h * f * w))
+    b, c, h, w = low_res.shape
+    f = self.config.factor
+    x_T, n = randn((b, c, f * h, f * w), generator,
+                   low_res.device), max(1, pixels // (f * h * f * w))
     def some(i):
-        rows = slice(i, i + n); g = generator[rows] if isinstance(generator, (list, tuple)) else generator
-        return ddim_sample(self.denoiser(low_res[rows]), x_T[rows], self.schedule, steps, eta, g, progress=progress).clamp(-1, 1)
+        rows = slice(i, i + n)
+        g = generator[rows] if isinstance(generator, (list, tuple)) else generator
+        return ddim_sample(self.denoiser(low_res[rows]),
+                           x_T[rows],
+                           self.schedule,
+                           steps,
+                           eta,
+                           g,
+                           progress=progress).clamp(-1, 1)
     return torch.cat([some(i) for i in range(0, b, n)])
 
 # %% ../nbs/13_upsampler.ipynb #9edee9f6
@@ -237,12 +301,29 @@ class Upsampler2Config(UpsamplerConfig):
     @classmethod
     def nano(cls):
         "64 -> 256 px, for a CPU; trained from the first stage's weights."
-        return cls(low_size=64, channels=32, channel_mult=(1, 2), res_blocks=1, patch=4, crop=0.25, crops=2, bsr_p=0.5, target="x0", residual=True)
+        return cls(low_size=64,
+                   channels=32,
+                   channel_mult=(1, 2),
+                   res_blocks=1,
+                   patch=4,
+                   crop=0.25,
+                   crops=2,
+                   bsr_p=0.5,
+                   target="x0",
+                   residual=True)
 
     @classmethod
     def tiny(cls):
         "128 -> 512 px; trained from the first stage's weights."
-        return cls(low_size=128, channels=48, channel_mult=(1, 1), res_blocks=2, patch=4, crop=0.25, bsr_p=0.5, target="x0", residual=True)
+        return cls(low_size=128,
+                   channels=48,
+                   channel_mult=(1, 1),
+                   res_blocks=2,
+                   patch=4,
+                   crop=0.25,
+                   bsr_p=0.5,
+                   target="x0",
+                   residual=True)
 
     @classmethod
     def small(cls):

@@ -8,7 +8,13 @@ __all__ = ['FLIP', 'STYLE', 'KEYS', 'PENDING', 'LINE', 'LARGEST', 'GUARD', 'PICT
            'caption_widget', 'pca_widget', 'priors_widget']
 
 # %% ../nbs/17_widgets.ipynb #2186edca
-import base64, html, io, itertools, json, threading, time
+import base64
+import html
+import io
+import itertools
+import json
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 import ipywidgets as W
@@ -19,7 +25,15 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 from .core import UnclipError, open_picture, to_pil
-from .edits import as_latent, frames, interpolation_path, pca_sweep, text_diff, text_direction, variations
+from unclip_nb.edits import (
+    as_latent,
+    frames,
+    interpolation_path,
+    pca_sweep,
+    text_diff,
+    text_direction,
+    variations,
+)
 from .pipeline import PRIORS, UnCLIP, as_picture, check_captions, explore_priors
 from .shapes import EIGHT_CAPTIONS, EIGHT_SCENES, render
 
@@ -29,7 +43,8 @@ def as_jpeg(
     quality:int=90,
 ) -> bytes:
     "A picture as the bytes of a JPEG: what a browser shows without further work."
-    buffer = io.BytesIO(); to_pil(picture).save(buffer, "JPEG", quality=quality, subsampling=0)
+    buffer = io.BytesIO()
+    to_pil(picture).save(buffer, "JPEG", quality=quality, subsampling=0)
     return buffer.getvalue()
 
 # %% ../nbs/17_widgets.ipynb #d2d8ed4d
@@ -61,14 +76,17 @@ def _sheet(pictures, axes, said, side):
     "A table of all pictures: a row for each place of the first axes, a column for each value of the last."
     (name, values), heads = list(axes.items())[-1], dict(list(axes.items())[:-1])
     small = min(side, 640 // len(values))
-    head = "".join(f"<th>{html.escape(place_label({name: values}, [i]))}</th>" for i in range(len(values)))
+    head = "".join(f"<th>{html.escape(place_label({name: values}, [i]))}</th>"
+                   for i in range(len(values)))
     rows = []
     for r, place in enumerate(itertools.product(*(range(len(v)) for v in heads.values()))):
         cells = []
         for k in range(r * len(values), (r + 1) * len(values)):
             start = f' onload="{html.escape(FLIP)}"' if k == len(pictures) - 1 else ""
             data = base64.b64encode(pictures[k]).decode()
-            cells.append(f'<td><img src="data:image/jpeg;base64,{data}" alt="{said[k]}" width="{small}"{start}></td>')
+            cells.append(
+                f'<td><img src="data:image/jpeg;base64,{data}" alt="{said[k]}" width="{small}"{start}></td>'
+            )
         rows.append(f"<tr><th>{html.escape(place_label(heads, place))}</th>{''.join(cells)}</tr>")
     return f"<table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
 
@@ -83,7 +101,8 @@ def scrub_html(
     axes = {k: v for k, v in axes.items() if len(v) > 1} or axes
     places = list(itertools.product(*(range(len(v)) for v in axes.values())))
     if len(places) != len(pictures):
-        raise UnclipError(f"{len(pictures)} pictures for {len(places)} places on the sliders: give one each")
+        raise UnclipError(
+            f"{len(pictures)} pictures for {len(places)} places on the sliders: give one each")
     said = [html.escape(text) for text in labels or (place_label(axes, p) for p in places)]
     lengths = html.escape(json.dumps([[name, len(v)] for name, v in axes.items()]))
     return f'<div class="scrub" data-axes="{lengths}" data-side="{side}">{_sheet(pictures, axes, said, side)}</div>'
@@ -102,19 +121,30 @@ w ? w.addEventListener('focusin', e => e.target.dataset.lmSuppressShortcuts = tr
 PENDING = as_jpeg(torch.full((3, 16, 16), 0.8))     # grey: not there yet
 
 def _picture(css, side):
-    out = W.Image(value=PENDING, format="jpeg", width=side, height=side, layout=W.Layout(flex="0 0 auto"))
+    out = W.Image(value=PENDING,
+                  format="jpeg",
+                  width=side,
+                  height=side,
+                  layout=W.Layout(flex="0 0 auto"))
     return out.add_class(css)
 
-def _text(css, value=""): return W.Label(value, layout=W.Layout(margin="0", height="auto")).add_class(css)
+
+def _text(css, value=""):
+    return W.Label(value, layout=W.Layout(margin="0", height="auto")).add_class(css)
 
 def _slider(name, values):
     options = [(v if isinstance(v, str) else f"{v:g}", i) for i, v in enumerate(values)]
     if isinstance(values[0], str) and len(values) < 4:
-        out = W.ToggleButtons(options=options, tooltips=[name] * len(options), style=dict(button_width="auto"))
-    else: out = W.SelectionSlider(options=options, description=name, layout=W.Layout(width="440px"))
+        out = W.ToggleButtons(options=options,
+                              tooltips=[name] * len(options),
+                              style=dict(button_width="auto"))
+    else:
+        out = W.SelectionSlider(options=options, description=name, layout=W.Layout(width="440px"))
     return out.add_class("scrub-slider")
 
-def _row(*children, flow="row"): return W.HBox(children, layout=W.Layout(align_items="center", grid_gap="6px", flex_flow=flow))
+
+def _row(*children, flow="row"):
+    return W.HBox(children, layout=W.Layout(align_items="center", grid_gap="6px", flex_flow=flow))
 def _column(*children): return W.VBox(children, layout=W.Layout(align_items="center"))
 
 # %% ../nbs/17_widgets.ipynb #3c72af2d
@@ -129,7 +159,10 @@ class Scrubber(W.VBox):
         inputs:Sequence[W.Widget]=(),   # what the person sets; a change of a `value` starts anew
         by_column:bool=False,           # the pictures come column by column instead of row by row
     ):
-        self.title, self.axes, self.frames, self.job, self.thread = title, {k: list(v) for k, v in axes.items()}, frames, None, None
+        self.title, self.axes, self.frames, self.job, self.thread = title, {
+            k: list(v)
+            for k, v in axes.items()
+        }, frames, None, None
         shape = [len(v) for v in self.axes.values()]
         self.places = list(itertools.product(*map(range, shape)))
         order = torch.arange(len(self.places)).reshape(-1, shape[-1])
@@ -139,25 +172,39 @@ class Scrubber(W.VBox):
         self.thumbs = [_picture("scrub-thumb", 44) for _ in self.places]
         self.picture, self.label = _picture("scrub-picture", 288), _text("scrub-label")
         self.ends = [(_picture("scrub-end", 96), _text("scrub-small")) for _ in range(2)]
-        self.button = W.Button(description="Compute", icon="play", layout=W.Layout(width="110px")).add_class("scrub-button")
-        self.bar = W.IntProgress(max=len(self.places), layout=W.Layout(width="160px")).add_class("scrub-bar")
+        self.button = W.Button(description="Compute", icon="play",
+                               layout=W.Layout(width="110px")).add_class("scrub-button")
+        self.bar = W.IntProgress(max=len(self.places),
+                                 layout=W.Layout(width="160px")).add_class("scrub-bar")
         self.status, self.error = _text("scrub-status"), _text("scrub-error")
         super().__init__(self._layout(note, inputs))
-        self.add_class("unclip-scrub"); self._connect(inputs)
+        self.add_class("unclip-scrub")
+        self._connect(inputs)
 
-    def __repr__(self): return f"{self.title}: {len(self.places)} pictures under {' and '.join(self.axes)}"
+    def __repr__(self):
+        return f"{self.title}: {len(self.places)} pictures under {' and '.join(self.axes)}"
 
 # %% ../nbs/17_widgets.ipynb #53b6783f
 @patch
 def _layout(self:Scrubber, note, inputs):
     wide, (left, right) = len(self.sliders[-1].options), [_column(*end) for end in self.ends]
     heads = list(self.axes.items())[:-1]
-    rows = [_row(*self.thumbs[k:k + wide], _text("scrub-small", place_label(dict(heads), self.places[k][:-1])))
-            for k in range(0, len(self.thumbs), wide)]
-    title = W.HTML(f"{STYLE}{KEYS}<h3>{html.escape(self.title)}</h3><div class='scrub-note'>{html.escape(note)}</div>")
-    return [title, _row(*inputs, flow="row wrap"),
-            _row(self.button, self.bar, self.status), self.error, _row(left, _column(self.picture, self.label), right),
-            *[s for s in self.sliders[::-1] if len(s.options) > 1], W.VBox(rows)]
+    rows = [
+        _row(*self.thumbs[k:k + wide],
+             _text("scrub-small", place_label(dict(heads), self.places[k][:-1])))
+        for k in range(0, len(self.thumbs), wide)
+    ]
+    title = W.HTML(
+        f"{STYLE}{KEYS}<h3>{html.escape(self.title)}</h3><div class='scrub-note'>{html.escape(note)}</div>"
+    )
+    return [
+        title,
+        _row(*inputs, flow="row wrap"),
+        _row(self.button, self.bar, self.status), self.error,
+        _row(left, _column(self.picture, self.label), right),
+        *[s for s in self.sliders[::-1] if len(s.options) > 1],
+        W.VBox(rows)
+    ]
 
 # %% ../nbs/17_widgets.ipynb #c7e5dd2b
 @patch(as_prop=True)
@@ -170,7 +217,8 @@ def show(self:Scrubber, _=None):
     "Show the picture that the sliders stand on: bytes that are there already."
     k, (name, values) = self.at, list(self.axes.items())[-1]
     self.picture.value, self.label.value = self.thumbs[k].value, self.labels[k]
-    for i, t in enumerate(self.thumbs): (t.add_class if i == k else t.remove_class)("scrub-now")
+    for i, t in enumerate(self.thumbs):
+        (t.add_class if i == k else t.remove_class)("scrub-now")
     first = k - k % len(values)
     for (picture, text), i in zip(self.ends, (0, len(values) - 1)):
         picture.value, text.value = self.thumbs[first + i].value, place_label({name: values}, [i])
@@ -185,9 +233,12 @@ def start(self:Scrubber, in_line:bool=False) -> Scrubber:
     self.done = self.bar.value = 0
     self.error.value, self.status.value = "", "waits for the widgets above" if in_line else "begins"
     self.labels = [place_label(self.axes, p) for p in self.places]
-    for t in self.thumbs: t.value = PENDING
-    self.button.description, self.button.icon = "Stop", "stop"; self.show()
-    self.thread = threading.Thread(target=self._work, args=(job, in_line), daemon=True); self.thread.start()
+    for t in self.thumbs:
+        t.value = PENDING
+    self.button.description, self.button.icon = "Stop", "stop"
+    self.show()
+    self.thread = threading.Thread(target=self._work, args=(job, in_line), daemon=True)
+    self.thread.start()
     return self
 
 @patch
@@ -198,39 +249,53 @@ def _work(self:Scrubber, job, in_line):
         with LINE if in_line else nullcontext():
             t0, steps = time.time(), self.frames()
             while mine() and (step := next(steps, None)) is not None:
-                if mine(): self._put(step)
-            if mine(): self.status.value = f"{self.done} pictures in {time.time() - t0:.1f} s"
+                if mine():
+                    self._put(step)
+            if mine():
+                self.status.value = f"{self.done} pictures in {time.time() - t0:.1f} s"
     except Exception as e:
         said = str(e) if isinstance(e, UnclipError) else f"{type(e).__name__}: {e}"
-        if mine(): self.error.value, self.status.value = said.split("\n")[0], ""
-    if mine(): self._idle()
+        if mine():
+            self.error.value, self.status.value = said.split("\n")[0], ""
+    if mine():
+        self._idle()
 
 # %% ../nbs/17_widgets.ipynb #b1aa41fa
 @patch
 def _put(self:Scrubber, step):
     "Take what the generator yields: a line to say, or pictures."
-    if isinstance(step, str): self.status.value = step; return
+    if isinstance(step, str):
+        self.status.value = step
+        return
     pictures, labels = step if isinstance(step, tuple) else (step, [""] * len(step))
     for x, text in zip(pictures, labels):
-        k = self.order[self.done]; self.done += 1
+        k = self.order[self.done]
+        self.done += 1
         self.thumbs[k].value = as_jpeg(x)
-        if text: self.labels[k] += f" · {text}"
+        if text:
+            self.labels[k] += f" · {text}"
     self.bar.value, self.status.value = self.done, f"{self.done} of {len(self.thumbs)}"
     self.show()
 
 @patch
-def _idle(self:Scrubber): self.job = None; self.button.description, self.button.icon = "Compute", "play"
+def _idle(self: Scrubber):
+    self.job = None
+    self.button.description, self.button.icon = "Compute", "play"
 
 @patch
 def stop(self:Scrubber):
     "Give up what is still to compute; what is there stays."
-    if self.job: self._idle(); self.status.value = f"stopped at {self.done} of {len(self.thumbs)}"
+    if self.job:
+        self._idle()
+        self.status.value = f"stopped at {self.done} of {len(self.thumbs)}"
 
 @patch
 def wait(self:Scrubber, seconds:int|float|None=None) -> Scrubber:
     "Wait for the background, as a script or a test does. Raises `UnclipError` with the widget's error."
-    if self.thread: self.thread.join(seconds)
-    if self.error.value: raise UnclipError(self.error.value)
+    if self.thread:
+        self.thread.join(seconds)
+    if self.error.value:
+        raise UnclipError(self.error.value)
     return self
 
 @patch
@@ -241,17 +306,22 @@ def as_html(self:Scrubber, side:int=192) -> str:
 # %% ../nbs/17_widgets.ipynb #e6ebe1cd
 @patch
 def _connect(self:Scrubber, inputs):
-    for s in self.sliders: s.observe(self.show, "value")
+    for s in self.sliders:
+        s.observe(self.show, "value")
     for w in inputs:
-        if w.has_trait("value"): w.observe(lambda _: self.start(), "value")
+        if w.has_trait("value"):
+            w.observe(lambda _: self.start(), "value")
     self.button.on_click(lambda _: self.stop() if self.job else self.start())
-    self._view_count = 0; self.observe(self._seen, "_view_count")
+    self._view_count = 0
+    self.observe(self._seen, "_view_count")
     self.show()
 
 @patch
 def _seen(self:Scrubber, change):
-    if not change.new: self.stop()
-    elif not self.job and self.done < len(self.thumbs): self.start(in_line=True)
+    if not change.new:
+        self.stop()
+    elif not self.job and self.done < len(self.thumbs):
+        self.start(in_line=True)
 
 # %% ../nbs/17_widgets.ipynb #b5051ca1
 def read_picture(
@@ -259,14 +329,18 @@ def read_picture(
     name:str="the file",  # for the message
 ) -> Float[Tensor, "3 h w"]:
     "A picture in [-1, 1] from the bytes of a file, as `load_image` reads it. Raises `UnclipError` for what is not a picture."
-    try: return as_picture(open_picture(data))
+    try:
+        return as_picture(open_picture(data))
     except UnclipError as e:
         why = "" if str(e).startswith("unreadable") else f", {e}"
         raise UnclipError(f"cannot read {name!r} as a picture{why}: choose a PNG or JPEG") from None
 
 # %% ../nbs/17_widgets.ipynb #82627fde
 def _field(kind, name, width, name_width=40, **how):
-    return kind(description=name, layout=W.Layout(width=f"{width}px"), style=dict(description_width=f"{name_width}px"), **how)
+    return kind(description=name,
+                layout=W.Layout(width=f"{width}px"),
+                style=dict(description_width=f"{name_width}px"),
+                **how)
 
 LARGEST = 9_000_000     # bytes of an upload: a Jupyter server ends the connection without a word at 10 MiB a message
 GUARD = """const guard = () => {
@@ -303,34 +377,51 @@ class Picker(W.VBox):
         pictures:dict[str, Tensor],    # to choose from: name -> (3, h, w) in [-1, 1]
         start:int=0,                   # which of them first
     ):
-        self.pictures, self.error, self.thumb = dict(pictures), _text("picker-error"), _picture("picker-thumb", 64)
+        self.pictures, self.error, self.thumb = dict(pictures), _text("picker-error"), _picture(
+            "picker-thumb", 64)
         names, first = list(pictures), min(start, len(pictures) - 1)
-        self.menu = _field(W.Dropdown, name, 250, 20, options=names, value=names[first]).add_class("picker-menu")
-        self.upload = W.FileUpload(accept="image/*", description="your own", layout=W.Layout(width="130px")).add_class("picker-upload")
-        guard = W.HTML(f'<img hidden src="" onerror="{html.escape(GUARD)}">', layout=W.Layout(height="0", margin="0"))
+        self.menu = _field(W.Dropdown, name, 250, 20, options=names,
+                           value=names[first]).add_class("picker-menu")
+        self.upload = W.FileUpload(accept="image/*",
+                                   description="your own",
+                                   layout=W.Layout(width="130px")).add_class("picker-upload")
+        guard = W.HTML(f'<img hidden src="" onerror="{html.escape(GUARD)}">',
+                       layout=W.Layout(height="0", margin="0"))
         super().__init__([_row(self.thumb, W.VBox([self.menu, self.upload])), self.error, guard])
         self.add_class("unclip-picker")
-        self.menu.observe(self._show, "value"); self.upload.observe(self._take, "value"); self._show()
+        self.menu.observe(self._show, "value")
+        self.upload.observe(self._take, "value")
+        self._show()
 
     @property
     def picture(self) -> Tensor: return self.pictures[self.menu.value]
 
-    def _show(self, _=None): self.thumb.value, self.error.value, self.value = as_jpeg(self.picture), "", self.menu.value
+    def _show(self, _=None):
+        self.thumb.value, self.error.value, self.value = as_jpeg(self.picture), "", self.menu.value
 
     def _take(self, change):
         for file in change.new:
-            try: picture, name = read_picture(bytes(file["content"]), file["name"]), file["name"]
-            except UnclipError as e: self.error.value = str(e); continue
-            while name in self.pictures: name += "'"
+            try:
+                picture, name = read_picture(bytes(file["content"]), file["name"]), file["name"]
+            except UnclipError as e:
+                self.error.value = str(e)
+                continue
+            while name in self.pictures:
+                name += "'"
             self.pictures[name] = picture
             self.menu.unobserve(self._show, "value")            # new options select the first one for a moment
-            self.menu.options = list(self.pictures); self.menu.value = name
-            self.menu.observe(self._show, "value"); self._show()
+            self.menu.options = list(self.pictures)
+            self.menu.value = name
+            self.menu.observe(self._show, "value")
+            self._show()
 
 # %% ../nbs/17_widgets.ipynb #a416d9eb
 PICTURES = dict(zip(EIGHT_CAPTIONS, render(list(EIGHT_SCENES), 128)))
 
-def _caption(name, value): return _field(W.Text, name, 520, 60, value=value, continuous_update=False).add_class("scrub-caption")
+
+def _caption(name, value):
+    return _field(W.Text, name, 520, 60, value=value,
+                  continuous_update=False).add_class("scrub-caption")
 
 def _seed():
     "A number, and a button that adds one to it."
@@ -352,12 +443,16 @@ def interpolation_widget(
     **how,                                 # see `frames`
 ) -> Scrubber:
     "From one picture to another, with x_T on the way too or held at one draw (paper, section 3.2)."
-    a, b, (seed, reseed) = Picker("A", pictures or PICTURES), Picker("B", pictures or PICTURES, 3), _seed()
+    a, b, (seed, reseed) = Picker("A", pictures or PICTURES), Picker("B", pictures or PICTURES,
+                                                                     3), _seed()
     def draw():
         yield "inverting both pictures"
         ends = [as_latent(model, p.picture, steps) for p in (a, b)]
         for noise in ("slerp", "fixed"):
-            yield from frames(model, interpolation_path(*ends, n, noise, seed.value), seed=seed.value, **{"batch_size": 3} | how)
+            yield from frames(model,
+                              interpolation_path(*ends, n, noise, seed.value),
+                              seed=seed.value,
+                              **{"batch_size": 3} | how)
     return Scrubber(
         "From one picture to another",
         "z_i turns from A's to B's. x_T turns with it; or it is fixed at one draw, and the ends are relatives of the pictures.",
@@ -374,12 +469,14 @@ def text_diff_widget(
     **how,                                 # see `frames`
 ) -> Scrubber:
     "A picture edited by words: z_i turned towards the difference of two captions (paper, section 3.3)."
-    picker, base, new = Picker("", pictures or PICTURES, 0 if pictures else 1), _caption("from", base), _caption("to", new)
+    picker, base, new = Picker("", pictures or PICTURES,
+                               0 if pictures else 1), _caption("from", base), _caption("to", new)
     def draw():
         text_direction(model, base.value, new.value)                # complains before the long part
         yield "inverting the picture"
         latent = as_latent(model, picker.picture, steps)
-        for part in _parts(thetas): yield text_diff(model, latent, base.value, new.value, part, **how)
+        for part in _parts(thetas):
+            yield text_diff(model, latent, base.value, new.value, part, **how)
     return Scrubber(
         "Edited by words",
         "z_i turns towards norm(z_t(to) − z_t(from)). x_T stays, so what the words don't name should stay too.",
@@ -399,11 +496,14 @@ def variations_widget(
     def draw():
         yield "inverting the picture"
         latent = as_latent(model, picker.picture, steps)
-        for eta in etas: yield variations(model, latent, n, eta, seed=seed.value, **how)
+        for eta in etas:
+            yield variations(model, latent, n, eta, seed=seed.value, **how)
     return Scrubber(
         "Variations",
         "z_i stays. η is how much of each step's noise is thrown anew: 0 gives the picture back, 1 leaves little but z_i.",
-        {"draw": range(1, n + 1), "η": etas}, draw, [picker, seed, reseed], by_column=True)
+        {"draw": range(1, n + 1), "η": etas},
+        draw, [picker, seed, reseed],
+        by_column=True)
 
 # %% ../nbs/17_widgets.ipynb #a85f519a
 def caption_widget(
@@ -421,7 +521,13 @@ def caption_widget(
         yield "asking the prior for z_i"
         zi = model.sample_zi(text.value, prior.value, seed=seed.value)
         for k in steps:
-            for g in guidances: yield model.decode(zi, [text.value], guidance=g, steps=k, sampler="dpm", seed=seed.value, **how)
+            for g in guidances:
+                yield model.decode(zi, [text.value],
+                                   guidance=g,
+                                   steps=k,
+                                   sampler="dpm",
+                                   seed=seed.value,
+                                   **how)
     return Scrubber(
         "A caption, guidance and steps",
         "One z_i from the prior, one x_T. Only guidance and the number of the decoder's steps change.",
@@ -436,12 +542,15 @@ def pca_widget(
     **how,                                 # see `frames`
 ) -> Scrubber:
     "A picture from growing numbers of its principal components (paper, figure 7)."
-    picker, ks = Picker("", pictures or PICTURES, 0 if pictures else 2), [k for k in ks if k <= model.decoder.config.clip_dim]
+    picker, ks = Picker("", pictures or PICTURES, 0 if pictures else 2), [
+        k for k in ks if k <= model.decoder.config.clip_dim
+    ]
     def draw():
         yield "inverting the picture"
         latent = as_latent(model, picker.picture, steps)
         for noise in ("inverted", "fixed"):
-            for part in _parts(ks): yield pca_sweep(model, latent, ks=part, noise=noise, steps=steps, **how)
+            for part in _parts(ks):
+                yield pca_sweep(model, latent, ks=part, noise=noise, steps=steps, **how)
     return Scrubber(
         "Growing numbers of components",
         "z_i keeps its first components, in order of variance. One x_T for all: the picture's own, or a draw.",
@@ -462,9 +571,16 @@ def priors_widget(
         check_captions(text.value)
         yield "from caption to z_t"
         for part in _parts(range(n), 2):
-            pictures, titles = explore_priors(model, text.value, len(part), pool, seed=seed.value * n + part[0], **how)
-            for i in range(len(part)): yield pictures[i::len(part)], titles[i::len(part)]
+            pictures, titles = explore_priors(model,
+                                              text.value,
+                                              len(part),
+                                              pool,
+                                              seed=seed.value * n + part[0],
+                                              **how)
+            for i in range(len(part)):
+                yield pictures[i::len(part)], titles[i::len(part)]
     return Scrubber(
         "What the priors draw",
         "A caption gives one z_t, each prior many z_i. Each is decoded; beside it the real picture whose embedding is nearest.",
-        {"draw": range(1, n + 1), "what": [x for k in have for x in (k, f"nearest to {k}")]}, draw, [text, seed, reseed])
+        {"draw": range(1, n + 1), "what": [x for k in have for x in (k, f"nearest to {k}")]}, draw,
+        [text, seed, reseed])
