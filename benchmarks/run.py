@@ -21,7 +21,7 @@ def training() -> list[tuple[str, float, str]]:
     from unclip_nb.cli import ON_CLIP, STAGES, fit_to_clip, model_config, stage_class, train_config
     from unclip_nb.clip import CLIP
     from unclip_nb.core import data_path, generator
-    from unclip_nb.data import Batches, load_captioned
+    from unclip_nb.data import Batches, ShapesData
     from unclip_nb.train import make_optimizer
     rows, clip = [], CLIP.from_pretrained(data_path("tiny")/"clip")
     for stage in STAGES:
@@ -33,7 +33,7 @@ def training() -> list[tuple[str, float, str]]:
         if train.channels_last:
             model = model.to(memory_format=torch.channels_last)
         size = cfg.low_size * cfg.factor if stage.startswith("upsampler") else 32
-        data = Batches(load_captioned("shapes", size=size),
+        data = Batches(ShapesData(size=size),
                        train.batch_size,
                        tokenizer=clip.tokenizer,
                        distinct=stage == "clip",

@@ -4,10 +4,11 @@ import multiprocessing as mp
 from dataclasses import replace
 import pytest, torch
 import torch.nn.functional as F
-from unclip_nb.clip import (CLIP, CLIPConfig, ConvTower, build_towers, clip_loss, embed,
+from unclip_nb.clip import (CLIP, CLIPConfig, ConvTower, build_towers, clip_loss,
                             gather_rows, load_clip, retrieval_at_k, similarity_sheet, zero_shot)
 from unclip_nb.core import UnclipError, resize
-from unclip_nb.data import Batches, Captioned, EmbeddedData, ShapesData, Tokenizer, import_open_clip
+from unclip_nb.data import Batches, Captioned, ShapesData, Tokenizer, import_open_clip
+from unclip_nb.embeddings import EmbeddedData, embed
 
 torch.set_num_threads(1)
 SMALL = CLIPConfig(embed_dim=24, vision_width=8, text_width=32, text_layers=1, text_heads=2)
@@ -449,7 +450,7 @@ def test_embed_refuses_a_folder_of_other_data(clip, tmp_path, other, n):
 
 def test_embed_refuses_a_replaced_folder(clip, tmp_path):
     from PIL import Image
-    from unclip_nb.data import load_captioned
+    from unclip_nb.files import load_captioned
     folder = tmp_path / "set"
     folder.mkdir()
     def fill(word):
@@ -473,7 +474,8 @@ def test_embed_refuses_a_replaced_folder(clip, tmp_path):
 def test_embedded_captions_are_those_of_the_pictures(clip, tmp_path):
     "A picture that cannot be read is stepped over with its caption."
     from PIL import Image
-    from unclip_nb.data import PictureData, load_captioned
+    from unclip_nb.files import load_captioned
+    from unclip_nb.folders import PictureData
     folder = tmp_path / "set"
     folder.mkdir()
     for i in range(8):

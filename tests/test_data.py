@@ -6,9 +6,11 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from unclip_nb.core import UnclipError
-from unclip_nb.data import (Batches, Captioned, EmbeddedData, OpenCLIPTokenizer, ShapesData,
-                            Tokenizer, find_columns, hold_out, load_captioned, of_split,
+from unclip_nb.data import (Batches, Captioned, OpenCLIPTokenizer, ShapesData, Tokenizer,
                             read_picture, write_text)
+from unclip_nb.embeddings import EmbeddedData
+from unclip_nb.files import load_captioned
+from unclip_nb.folders import PictureData, hold_out, of_split
 
 EMOJI = Path(__file__).parents[2] / "shared/data/emoji"
 
@@ -213,7 +215,7 @@ def test_shapes_captions_tell_the_truth():
 
 def test_shapes_need_neither_datasets_nor_open_clip():
     code = (
-        "import sys; from unclip_nb.data import *; d = load_captioned('shapes'); t = Tokenizer.train(d.captions(50)); Batches(d, 4, t).at(0); "
+        "import sys; from unclip_nb.data import *; from unclip_nb.files import load_captioned; d = load_captioned('shapes'); t = Tokenizer.train(d.captions(50)); Batches(d, 4, t).at(0); "
         "assert not {'datasets', 'open_clip', 'torchvision', 'pandas'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -304,7 +306,6 @@ def test_bad_rows_are_named_skipped_and_counted(tmp_path, caplog):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_large_sets_and_streams_step_over_a_broken_picture(tmp_path, streaming, caplog):
-    from unclip_nb.data import PictureData
     folder = make_folder(tmp_path / "set", 20, "txt")
     (folder / "009.png").write_bytes(b"junk")
     data = load_captioned(folder, size=8, streaming=streaming)
@@ -316,7 +317,6 @@ def test_large_sets_and_streams_step_over_a_broken_picture(tmp_path, streaming, 
                for t in data.skipped) == 1 and caplog.text.count("009.png") >= 1
 
 def test_decoded_once_or_as_read_gives_the_same(tmp_path):
-    from unclip_nb.data import PictureData
     data = load_captioned(make_folder(tmp_path / "set", 12), size=8)
     assert data.pixels is not None
     lazy = PictureData(data.rows, 8, keep=False)
@@ -536,14 +536,15 @@ def test_write_text_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
 def test_an_old_library_is_named_and_not_the_file(tmp_path, monkeypatch):
     "Where an installed version is below the floor of settings.ini, the message says which and what to do."
     from importlib import metadata
-    from unclip_nb.data import _datasets, import_open_clip
+    from unclip_nb.data import import_open_clip
+    from unclip_nb.folders import import_datasets
     (tmp_path/"tokenizer.json").write_text('{"version": "9.0", "model": {}}')
     with pytest.raises(UnclipError, match="is not a tokenizer"):
         Tokenizer.load(tmp_path)
     have = metadata.version
     for name, old, call in (("tokenizers", "0.19.1", lambda: Tokenizer.load(tmp_path)),
                             ("open_clip_torch", "2.24.0", import_open_clip), ("datasets", "2.21.0",
-                                                                              _datasets)):
+                                                                              import_datasets)):
         monkeypatch.setattr(metadata,
                             "version",
                             lambda n, name=name, old=old: old if n == name else have(n))
@@ -551,4 +552,4 @@ def test_an_old_library_is_named_and_not_the_file(tmp_path, monkeypatch):
             call()
         assert "\n" not in str(e.value) and "tokenizer.json" not in str(e.value)
     monkeypatch.setattr(metadata, "version", have)
-    assert import_open_clip() and _datasets()
+    assert import_open_clip() and import_datasets()

@@ -5,7 +5,10 @@ import pytest, torch
 from PIL import Image
 from safetensors.torch import save_file
 from unclip_nb.core import UnclipError
-from unclip_nb.data import Batches, EmbeddedData, PictureData, ShapesData, Tokenizer, load_captioned, what_differs, write_text
+from unclip_nb.data import Batches, ShapesData, Tokenizer, what_differs, write_text
+from unclip_nb.embeddings import EmbeddedData
+from unclip_nb.files import load_captioned
+from unclip_nb.folders import PictureData
 from test_data import check, color_of, make_folder, make_parquet, make_tar, png, private_cache, write_embeddings
 
 # ---- a data set knows what it is
@@ -420,14 +423,21 @@ def test_an_empty_parquet_and_sources_that_are_no_files(tmp_path):
         with pytest.raises(UnclipError, match=word):
             load_captioned(source)
 
-def test_several_captions_are_said(tmp_path, caplog):
+def test_several_captions_are_said_and_one_is_drawn_each_step(tmp_path, caplog):
     folder = make_folder(tmp_path / "set", 8)
-    (folder / "metadata.jsonl").write_text("\n".join(
-        json.dumps({"file_name": f"{i:03}.png", "text": [f"picture {i}", "another"]})
-        for i in range(8)))
-    assert texts(both(folder)) == sorted(
-        f"picture {i}"
-        for i in range(8)) and "8 rows hold several captions and the first is used" in caplog.text
+    lines = [{"file_name": f"{i:03}.png", "text": [f"picture {i}", f"another {i}"]} for i in range(8)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert texts(both(folder)) == sorted(f"picture {i}" for i in range(8))
+    assert "7 rows hold several captions: one is drawn each time" in caplog.text
+    for streaming in (False, True):
+        data = load_captioned(folder, size=8, streaming=streaming)
+        drawn = [Batches(data, 7, seed=5).at(s) for s in range(8)]
+        for b in drawn:
+            check(b)                                                    # whichever is drawn belongs to the picture
+        first = [t.split()[0] for b in drawn for t in b["caption"]]
+        assert 14 < first.count("another") < 42, first
+        again = Batches(load_captioned(folder, size=8, streaming=streaming), 7, seed=5)
+        assert all(again.at(s)["caption"] == drawn[s]["caption"] for s in (5, 0))
 
 def test_cut_captions_are_said_once(caplog):
     from unclip_nb.data import say_cut
@@ -451,7 +461,7 @@ def test_captions_of_streams_and_sets_are_bounded_by_what_there_is(tmp_path):
 # ---- embeddings
 
 def test_a_folder_of_pictures_with_a_meta_json_is_no_embeddings(tmp_path):
-    from unclip_nb.data import is_embedded
+    from unclip_nb.embeddings import is_embedded
     from unclip_nb.cli import load_rows
     folder = make_folder(tmp_path / "set", 10, "txt")
     (folder / "meta.json").write_text('{"author": "me"}')

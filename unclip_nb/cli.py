@@ -201,7 +201,8 @@ def clip_of(name:str, device:str="auto"):
 
 def load_rows(data:str, size:int, clip=None, **columns):
     "The training split of a data set, or the embeddings that `unclip embed` left in a folder (of the same CLIP)."
-    from unclip_nb.data import EmbeddedData, is_embedded, load_captioned
+    from unclip_nb.embeddings import EmbeddedData, is_embedded
+    from unclip_nb.files import load_captioned
     if not is_embedded(data):
         return load_captioned(data, split="train", size=size, **columns)
     if clip is None:
@@ -358,7 +359,8 @@ def train_stage(
     **columns,              # image_column, caption_column: see `load_captioned`
 ):
     "Train one stage of a system and leave it in `out/stage`."
-    from unclip_nb.data import Batches, EmbeddedData, ShapesData, Tokenizer
+    from unclip_nb.data import Batches, ShapesData, Tokenizer
+    from unclip_nb.embeddings import EmbeddedData
     from unclip_nb.train import fit
     cls, out = stage_class(stage)[0], Path(out)
     torch.manual_seed(train.seed)
@@ -612,7 +614,8 @@ def finished(folder:Path, model, train:TrainConfig, data=None) -> bool:
 
 def identity_of(stage:str, data:str, near_misses:bool, **columns) -> dict:
     "What the data set of a stage says of itself, without a CLIP."
-    from unclip_nb.data import EmbeddedData, ShapesData, is_embedded
+    from unclip_nb.data import ShapesData
+    from unclip_nb.embeddings import EmbeddedData, is_embedded
     if data == "shapes":
         return ShapesData(near=near_misses and stage == "clip").identity()
     return (EmbeddedData(data) if is_embedded(data) else load_rows(data, 8, **columns)).identity()
@@ -807,8 +810,8 @@ class Embed:
 
 def embed_command(c:Embed):
     "Embed, say how to go on."
-    from unclip_nb.clip import embed
-    from unclip_nb.data import load_captioned
+    from unclip_nb.embeddings import embed
+    from unclip_nb.files import load_captioned
     if (c.n is not None and c.n < 1) or c.batch_size < 1:
         raise UnclipError("--n and --batch-size must be at least 1")
     check_folder(c.out)

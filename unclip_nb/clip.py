@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['clip_loss', 'gather_rows', 'ConvTower', 'CLIPConfig', 'build_towers', 'CLIP', 'similarity_sheet', 'retrieval_at_k',
-           'zero_shot', 'digest_of', 'embed', 'load_clip']
+           'zero_shot', 'digest_of', 'load_clip']
 
 # %% ../nbs/05_clip.ipynb #14c38378
 import hashlib
@@ -21,18 +21,13 @@ import torch.nn.functional as F
 from fastcore.basics import patch, patch_to
 from jaxtyping import Float, Int
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from tqdm import tqdm
 from .core import UnclipError, as_images, expand, number, resize, to_pil
 from unclip_nb.data import (
     OpenCLIPTokenizer,
     Tokenizer,
-    digest,
     import_open_clip,
-    say_cut,
-    what_differs,
     write_text,
 )
 from .train import Stage, check_config, plain_names, writing
@@ -421,80 +416,6 @@ def load_files(self:CLIP, folder:Path):
     if not isinstance(found, dict):
         raise UnclipError(f"{file} is damaged: copy it again")
     self.__dict__["_copy_of"] = found
-
-# %% ../nbs/05_clip.ipynb #9231b205
-def embed(
-    clip:CLIP,
-    data,                 # a data set with an index
-    out:str|Path,         # the folder to fill
-    batch_size:int=256,   # pictures at a time
-    n:int|None=None,      # the first n rows; all by default
-    shard:int=4096,       # rows a file
-    progress:bool=True,   # show a bar on stderr?
-) -> Path:
-    "Write the embeddings of a data set to disk, for `EmbeddedData`. Raises `UnclipError` when `out` holds those of another CLIP, data set or size."
-    out = Path(out)
-    n = len(data) if n is None else number("n", n, low=1, high=len(data), whole=True)
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-    meta = {"clip_fingerprint": clip.fingerprint, "rows": n, "shard": shard, "clip_dim": clip.dim,
-            "text_width": clip.text_width, "context_length": clip.context_length}
-    identity = data.identity()
-    begun = out / "begun.json"
-    if begun.exists() or (out / "meta.json").exists():
-        before = _read_meta(begun)
-        differs = what_differs(before.pop("data", None) or {}, identity) or what_differs(
-            before, meta)
-        if differs:
-            raise UnclipError(
-                f"{out} holds embeddings of another clip, data set or size ({differs}): choose another folder"
-            )
-    say_cut(clip.tokenizer, data.captions(min(n, 1000)), str(out))
-    with writing(begun):
-        write_text(begun, json.dumps({**meta, "data": identity}))
-    files = [out / f"shard_{s // shard:05d}.safetensors" for s in range(0, n, shard)]
-    for k, file in enumerate(tqdm(files, desc="embed", unit="file", disable=not progress)):
-        if file.exists():
-            continue
-        rows = range(k * shard, min((k + 1) * shard, n))
-        parts = [
-            clip.embed_batch(data.batch(rows[i:i + batch_size]))
-            for i in range(0, len(rows), batch_size)
-        ]
-        whole = {
-            k: torch.cat([p[k].cpu() for p in parts]).contiguous()
-            for k in ("zi", "zt", "text", "tokens")
-        }
-        captions = [c for p in parts for c in p["caption"]]                # of the pictures that could be read
-        with writing(file):
-            save_file({**whole, "text": whole["text"].half()}, temp := file.with_suffix(".tmp"),   # text is by far the largest
-                      metadata={"captions": json.dumps(captions)})
-            os.replace(temp, file)
-    captions = [c for file in files for c in _captions_of(file)]
-    with writing(out):
-        write_text(out / "captions.jsonl",
-                   "".join(json.dumps({"caption": c}) + "\n" for c in captions))
-        write_text(out / "meta.json",
-                   json.dumps({**meta, "data": identity,
-                               "captions": digest(captions)}))  # last: now it is finished
-    return out
-
-def _read_meta(file):
-    "What `embed` wrote about a folder; nothing where it cannot be read."
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-def _captions_of(file):
-    "The captions that a shard carries beside its embeddings."
-    try:
-        with safe_open(file, "pt") as f:
-            return json.loads((f.metadata() or {})["captions"])
-    except (OSError, KeyError, ValueError, SafetensorError):
-        raise UnclipError(
-            f"{file} is broken or of an earlier version: delete it and embed again") from None
 
 # %% ../nbs/05_clip.ipynb #181fe1b4
 @patch_to(CLIP, cls_method=True)
