@@ -127,7 +127,7 @@ def _embedded_captions(folder):
     except (OSError, ValueError, KeyError, TypeError):
         raise UnclipError(f"{folder / 'captions.jsonl'} is missing or broken: embed the data again") from None
 
-# %% ../nbs/05b_embeddings.ipynb #836cffec
+# %% ../nbs/05b_embeddings.ipynb #50876988
 class EmbeddedData(Captioned):
     "CLIP embeddings from disk: `zi`, `zt`, `text` and `tokens` beside the captions, and the pictures where they are given."
     def __init__(self,
@@ -164,9 +164,10 @@ class EmbeddedData(Captioned):
 
     def _check_pictures(self, folder):
         "Raises `UnclipError` unless row i of the pictures is row i of the embeddings."
-        if getattr(self.pictures, "draws", False):
-            raise UnclipError("stored embeddings are of the pictures as they are: leave out flip and random crop, "
-                              "or train without the embeddings")
+        framing = getattr(self.pictures, "framing", None)
+        if framing is not None and framing.draws:
+            raise UnclipError("stored embeddings are of the pictures as they are: "
+                              "leave out flip and random-crop, or the embeddings")
         differs = what_differs(self.meta.get("data") or {}, self.pictures.identity())
         if differs or self.pictures.texts(range(len(self))) != self._texts:
             differs = differs or "its rows are others"

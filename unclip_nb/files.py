@@ -576,7 +576,7 @@ def _hub_files(source, name, subset):
         raise UnclipError(f"{source} is not kept in parquet files, and only those can be streamed: leave out --streaming")
     return files
 
-# %% ../nbs/18c_files.ipynb #a224ae14
+# %% ../nbs/18c_files.ipynb #852c0bbd
 def load_captioned(
     source:str|Path="shapes",     # "shapes", "emoji", a folder, a .parquet or .tar file or pattern, or a hub id "owner/name"
     split:str="train",            # train or valid (shapes also: unseen); 5 % are held out where the source has no splits
@@ -609,8 +609,8 @@ def load_captioned(
         raise UnclipError(f"no folder or file {str(source)!r}: "
                           "check the path (a data set on the hub is written owner/name)")
     known = {"source": path.resolve().name if local else str(source), "split": split}
-    if subset:
-        known["subset"] = subset
+    chosen = dict(subset=subset, aspect=aspect != "crop" and aspect, flip=flip, random_crop=random_crop)
+    known |= {k: v for k, v in chosen.items() if v}          # they make other rows
     name = path.name if split == "train" else f"{path.name} ({split})"
     columns = (image_column, caption_column)
     if folder and not files:
