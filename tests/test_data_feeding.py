@@ -99,7 +99,7 @@ def test_a_resumed_stream_opens_no_earlier_shard(tmp_path, suffix):
         if k not in needed:
             (tmp_path / suffix / f"train-{k:03}.{suffix}").unlink()
     assert len(needed) <= 2 and same(Batches(data, 2, seed=1).at(37), want[37])
-    with pytest.raises(UnclipError, match="check the file and the network|no row has a caption"):
+    with pytest.raises(UnclipError, match="check the file and the network|can be read"):
         [Batches(data, 2, seed=1).at(s) for s in range(37)]
 
 def test_ranks_and_workers_open_their_own_shards(tmp_path):
@@ -231,13 +231,11 @@ def test_crops_move_and_come_again(tmp_path):
     assert max(reds) > 0.5 and min(reds) < 0.1 and len(set(reds)) > 4
     assert torch.equal(x[:8], Batches(data, 8, seed=2).at(0)["image"]) and not torch.equal(x[:8], Batches(data, 8, seed=3).at(0)["image"])
     still = load_captioned(tmp_path / "set", size=9)
-    assert all((y[1] > 0.9).all() for y in Batches(still, 8).at(0)["image"])             # the central third
+    assert all((y[1, :, 2:-2] > 0.9).all() for y in Batches(still, 8).at(0)["image"])    # the central third
 
 @pytest.mark.parametrize("text,turns", [("picture", True), ("the left of", False), ("to the RIGHT", False), ("a bright", True)])
 @pytest.mark.parametrize("streaming", [False, True])
 def test_half_of_the_pictures_are_mirrored_unless_a_side_is_named(tmp_path, text, turns, streaming):
-    if text.isupper() or "RIGHT" in text:
-        pytest.skip("captions are compared as they are written") if False else None
     folder = halves(tmp_path / "set", text=text)
     data = load_captioned(folder, size=30, aspect="pad", flip=True, streaming=streaming)
     x = torch.cat([Batches(data, 8).at(s)["image"] for s in range(8)])

@@ -262,7 +262,7 @@ def read_folder(
     skipped += [f"{p.name.encode(errors='replace').decode()}: its name is not UTF-8" for p in odd]
     return pairs, skipped
 
-# %% ../nbs/18b_folders.ipynb #baf00439
+# %% ../nbs/18b_folders.ipynb #67b5ff68
 @dataclass(frozen=True)
 class Framing:
     "How a picture becomes a square. Raises `UnclipError` for choices that exclude each other."
@@ -289,7 +289,7 @@ class Framing:
         "Bytes in [-1, 1], half of them mirrored by `draws[:, 1]` where that is asked for."
         x = pixels.float() / 127.5 - 1
         if self.flip and draws is not None:
-            sided = [bool(re.search(r"\b(left|right)\b", t)) for t in texts]
+            sided = [bool(re.search(r"\b(left|right)\b", t, re.IGNORECASE)) for t in texts]
             turned = (draws[:, 1] < 0.5) & ~torch.tensor(sided)
             x = torch.where(turned[:, None, None, None], x.flip(-1), x)
         return x
