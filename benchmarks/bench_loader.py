@@ -3,14 +3,23 @@
 Processor seconds of this process and its threads, one thread for torch, median of three; so other work on the machine hardly counts.
 The 2,000 JPEGs are 100 different pictures of 512 px under 2,000 names, and lie in the page cache.
 """
-import argparse, io, json, os, platform, shutil, statistics, tarfile, tempfile, time
+import argparse
+import io
+import json
+import os
+import platform
+import statistics
+import tarfile
+import tempfile
+import time
 from pathlib import Path
 import torch
 from PIL import Image
 from unclip_nb.core import to_pil
-from unclip_nb.data import Batches, ShapesData, read_picture
+from unclip_nb.data import Batches, ShapesData, mend_torchvision, read_picture
 from unclip_nb.files import load_captioned
 from unclip_nb.folders import Framing, PictureData, import_datasets
+
 
 def jpegs(different:int=100) -> list[bytes]:
     "Pictures of the shapes world at 512 px with noise like a camera's, as JPEG."
@@ -71,16 +80,25 @@ def loader(data, steps:int, batch_size:int=64) -> float:
 
 def decoders(pictures:list[bytes]) -> dict:
     "Milliseconds to decode one JPEG of 512 px and shrink it: `read_picture`, Pillow without draft mode, torchvision.io."
-    from torchvision.io import ImageReadMode, decode_jpeg
     def whole(b, size):
         return Image.open(io.BytesIO(b)).convert("RGB").resize((size, size), Image.BICUBIC)
     def vision(b, size):
         x = decode_jpeg(torch.frombuffer(bytearray(b), dtype=torch.uint8), mode=ImageReadMode.RGB)
         return torch.nn.functional.interpolate(x[None], (size, size), mode="bicubic", antialias=True)
+    mend_torchvision()
+    try:
+        from torchvision.io import ImageReadMode, decode_jpeg
+        decode_jpeg(torch.frombuffer(bytearray(pictures[0]), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        ways = (("read_picture", read_picture), ("Pillow, whole", whole), ("torchvision.io", vision))
+    except Exception as e:
+        print(f"torchvision.io cannot decode here ({type(e).__name__})")
+        ways = (("read_picture", read_picture), ("Pillow, whole", whole))
     out = {}
     for size in (64, 256):
-        for name, fn in (("read_picture", read_picture), ("Pillow, whole", whole), ("torchvision.io", vision)):
-            out[f"{name}, {size} px"] = 1000 * cost(lambda _: [fn(b, size) for b in pictures], len(pictures))
+        for name, way in ways:
+            def run(_, way=way, size=size):
+                return [way(b, size) for b in pictures]
+            out[f"{name}, {size} px"] = 1000 * cost(run, len(pictures))
     return out
 
 def processor() -> str:

@@ -41,18 +41,21 @@ class Tokenizer:
         self.context_length = bpe.truncation["max_length"]
         self.end_id = bpe.token_to_id("<end>")
 
-    def __getstate__(self) -> str: return self.bpe.to_str()     # a copy is built anew: the library's own loses a flag
+    # a copy is built anew: the library's own loses a flag
+    def __getstate__(self) -> str: return self.bpe.to_str()
     def __setstate__(self, text:str):
         from tokenizers import Tokenizer as BPE
         self.__init__(BPE.from_str(text))
 
     @classmethod
     def load(cls, folder:str|Path) -> "Tokenizer|OpenCLIPTokenizer":
-        "Read `folder/tokenizer.json`, ours or the name of one of open_clip's. Raises `UnclipError` where it is missing or broken."
+        """Read `folder/tokenizer.json`, ours or the name of one of open_clip's.
+        Raises `UnclipError` where it is missing or broken."""
         from tokenizers import Tokenizer as BPE
         file = Path(folder) / "tokenizer.json"
         if not file.is_file():
-            raise UnclipError(f"no tokenizer.json in {folder}: is this the folder of a trained clip?")
+            raise UnclipError(f"no tokenizer.json in {folder}: "
+                              "is this the folder of a trained clip?")
         try:
             text = file.read_text(encoding="utf-8")
             name = json.loads(text).get("open_clip")
@@ -169,7 +172,8 @@ def read_picture(
     aspect:str="crop",     # crop to a square, or pad with white to one
     where:float=0.5,       # place of the square along the longer side: 0 first, 0.5 central, 1 last
 ) -> UInt8[Tensor, "3 size size"]:
-    "A picture file as RGB bytes, square, resized with antialiasing. Raises `open_picture`'s `UnclipError`."
+    """A picture file as RGB bytes, square, resized with antialiasing.
+    Raises `open_picture`'s `UnclipError`."""
     image = open_picture(source, size)          # a large JPEG is decoded at reduced size
     if aspect == "pad":
         image = ImageOps.pad(image, (size, size), Image.BICUBIC, color="white")
@@ -180,7 +184,8 @@ def read_picture(
 
 # %% ../nbs/02_data.ipynb #ec726781
 class Captioned:
-    "What every data set with an index promises. A subclass brings `__len__`, `images(indices)` and `texts(indices)`."
+    """What every data set with an index promises.
+    A subclass brings `__len__`, `images(indices)` and `texts(indices)`."""
     def batch(self, indices:Sequence[int]) -> dict:
         "The rows at `indices`: `image` (b, 3, s, s) in [-1, 1], and `caption`, a list of b."
         indices = [int(i) for i in indices]
@@ -195,7 +200,8 @@ class Captioned:
         }
 
     def __getitem__(self, i:int) -> dict:
-        b = self.batch([range(len(self))[i]])               # range brings negative indices and IndexError
+        # range brings negative indices and IndexError
+        b = self.batch([range(len(self))[i]])
         return {k: v[0] for k, v in b.items()}
 
     def captions(self, n:int) -> list[str]:
@@ -216,7 +222,8 @@ def what_differs(
     before:dict, # an identity, perhaps read from a file
     now:dict,    # another
 ) -> str:
-    "The facts that differ, as 'count was 40, now 41'; empty where they agree. A renamed source with the same digest agrees."
+    """The facts that differ, as 'count was 40, now 41'; empty where they agree.
+    A renamed source with the same digest agrees."""
     same_rows = "digest" in before and before.get("digest") == now.get("digest")
     keys = [k for k in dict.fromkeys([*before, *now]) if not (same_rows and k == "source")]
     differ = [k for k in keys if before.get(k) != now.get(k)]
@@ -268,7 +275,8 @@ class ShapesData(Captioned):
 
 # %% ../nbs/02_data.ipynb #6ee3c5e9
 class Batches:
-    "Batch number `step` of a data set: a pure function of (seed, step, rank), so a resumed run sees what an unbroken one saw."
+    """Batch number `step` of a data set: a pure function of (seed, step, rank), so a resumed run sees
+    what an unbroken one saw."""
     def __init__(self,
         data,                        # a data set with an index; one with `rows_of` brings its own order
         batch_size:int,              # rows for each process
@@ -313,7 +321,8 @@ class Batches:
 # %% ../nbs/02_data.ipynb #6ee3c5eb
 @patch
 def _draws(self:Batches, step, size):
-    "Three uniform numbers for each row of a global batch (caption, mirror, crop), or None where the data set draws nothing."
+    """Three uniform numbers for each row of a global batch (caption, mirror, crop), or None where the
+    data set draws nothing."""
     if not getattr(self.data, "draws", False):
         return None
     return torch.rand(size, 3, generator=generator("draws", self.seed, step))
@@ -387,7 +396,8 @@ def fetched(
     workers:int=0,        # processes; 0 calls `fetch` here
     pin:bool=False,       # into memory that a CUDA device copies from while it computes
 ) -> Iterator:
-    "`fetch(*job)` for each job, in order, made ahead by worker processes. Raises what `fetch` raises, and `UnclipError` when a worker dies."
+    """`fetch(*job)` for each job, in order, made ahead by worker processes.
+    Raises what `fetch` raises, and `UnclipError` when a worker dies."""
     if workers == 0:
         for job in jobs:
             yield fetch(*job)
@@ -396,7 +406,8 @@ def fetched(
     loader = torch.utils.data.DataLoader(
         _Jobs(fetch), batch_size=None, sampler=jobs, num_workers=workers, pin_memory=pin,
         collate_fn=_as_it_is, worker_init_fn=_ignore_ctrl_c,
-        generator=torch.Generator())                                # the global generator stays untouched
+        # the global generator stays untouched
+        generator=torch.Generator())
     try:
         for found in loader:
             if isinstance(found, UnclipError):
@@ -412,8 +423,11 @@ def fetched(
 def _joined(parts):
     "Parts of a batch as one."
     first = parts[0]
-    return {k: torch.cat([p[k] for p in parts]) if isinstance(first[k], Tensor) else [x for p in parts for x in p[k]]
-            for k in first}
+    out = {}
+    for k in first:
+        several = [p[k] for p in parts]
+        out[k] = torch.cat(several) if isinstance(first[k], Tensor) else sum(several, [])
+    return out
 
 @patch
 def stream(self:Batches,
@@ -424,7 +438,8 @@ def stream(self:Batches,
     workers:int=0,        # worker processes for this one
     device="cpu",         # where the tensors go
 ) -> Iterator[dict]:
-    "`at(start)`, `at(start + 1)`, …, the same whatever the number of workers. Close it to end them. Raises `UnclipError` as `fetched` does."
+    """`at(start)`, `at(start + 1)`, …, the same whatever the number of workers. Close it to end them.
+    Raises `UnclipError` as `fetched` does."""
     bare, device = copy.copy(self), torch.device(device)
     bare.prepare = None                                            # workers never touch the device
     parts = max(1, min(workers, self.batch_size)) if hasattr(self.data, "rows_of") else 1
@@ -434,7 +449,8 @@ def stream(self:Batches,
     ahead = None
     while chunk := [x for _, x in zip(range(parts), found)]:
         batch = chunk[0] if parts == 1 else _joined(chunk)
-        batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        for k, v in batch.items():
+            batch[k] = v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
         if ahead is not None:
             yield self.prepare(ahead) if self.prepare else ahead
         ahead = batch
@@ -455,7 +471,8 @@ def check_version(name:str):
 
 # %% ../nbs/02_data.ipynb #25219c88
 def mend_torchvision():
-    "Lets torchvision be imported where its compiled part cannot load (a CUDA build beside a CPU-only torch)."
+    """Lets torchvision be imported where its compiled part cannot load (a CUDA build beside a
+    CPU-only torch)."""
     try:
         import torchvision  # noqa: F401
     except RuntimeError as e:
@@ -475,7 +492,9 @@ def import_open_clip():
 class OpenCLIPTokenizer:
     "open_clip's own BPE with `Tokenizer`'s interface, for pretrained CLIPs."
     pad_id = 0
-    def __init__(self, name:str): # an open_clip model such as "ViT-B-32". Raises `UnclipError` for an unknown one
+    def __init__(self,
+        name:str, # an open_clip model such as "ViT-B-32"; an unknown one raises `UnclipError`
+    ):
         open_clip = import_open_clip()
         if name not in open_clip.list_models():
             raise UnclipError(f"open_clip has no model {name!r}: see open_clip.list_models()")

@@ -21,7 +21,7 @@ from .core import UnclipError, number
 from .data import Captioned, digest, fetched, say_cut, what_differs, write_text
 from .train import writing
 
-# %% ../nbs/05b_embeddings.ipynb #ddcafe46
+# %% ../nbs/05b_embeddings.ipynb #3d4aa0bf
 def embed(
     clip:CLIP,
     data,                 # a data set with an index
@@ -32,7 +32,8 @@ def embed(
     progress:bool=True,   # show a bar on stderr?
     workers:int=0,        # processes that read and decode
 ) -> Path:
-    "Write the embeddings of a data set to disk. Raises `UnclipError` when `out` holds those of another CLIP, data set or size."
+    """Write the embeddings of a data set to disk.
+    Raises `UnclipError` when `out` holds those of another CLIP, data set or size."""
     out = Path(out)
     n = len(data) if n is None else number("n", n, low=1, high=len(data), whole=True)
     with writing(out):
@@ -93,13 +94,15 @@ def _captions_of(file):
         with safe_open(file, "pt") as f:
             return json.loads((f.metadata() or {})["captions"])
     except (OSError, KeyError, ValueError, SafetensorError):
-        raise UnclipError(f"{file} is broken or of an earlier version: delete it and embed again") from None
+        raise UnclipError(f"{file} is broken or of an earlier version: "
+                          "delete it and embed again") from None
 
-# %% ../nbs/05b_embeddings.ipynb #1daef841
+# %% ../nbs/05b_embeddings.ipynb #54d4a37f
 def is_embedded(
     folder:str|Path,
 ) -> bool:
-    "Whether `embed` wrote this folder, finished or not. A folder of pictures may hold a meta.json of its own."
+    """Whether `embed` wrote this folder, finished or not.
+    A folder of pictures may hold a meta.json of its own."""
     folder = Path(os.path.expanduser(folder))
     for name in ("begun.json", "meta.json"):
         try:
@@ -125,11 +128,13 @@ def _embedded_captions(folder):
         with open(folder / "captions.jsonl", encoding="utf-8") as f:
             return [json.loads(line)["caption"] for line in f]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UnclipError(f"{folder / 'captions.jsonl'} is missing or broken: embed the data again") from None
+        raise UnclipError(f"{folder / 'captions.jsonl'} is missing or broken: "
+                          "embed the data again") from None
 
-# %% ../nbs/05b_embeddings.ipynb #50876988
+# %% ../nbs/05b_embeddings.ipynb #1ddecff7
 class EmbeddedData(Captioned):
-    "CLIP embeddings from disk: `zi`, `zt`, `text` and `tokens` beside the captions, and the pictures where they are given."
+    """CLIP embeddings from disk: `zi`, `zt`, `text` and `tokens` beside the captions, and the
+    pictures where they are given."""
     def __init__(self,
         folder:str|Path,            # what `embed` wrote: shard_*.safetensors, captions.jsonl, meta.json
         fingerprint:str|None=None,  # of the CLIP in use; embeddings of another one raise `UnclipError`
@@ -137,13 +142,15 @@ class EmbeddedData(Captioned):
     ):
         folder = Path(os.path.expanduser(folder))
         if not (folder / "meta.json").is_file():
-            raise UnclipError(f"no finished embeddings in {folder}: run unclip embed (again) with --out {folder}")
+            raise UnclipError(f"no finished embeddings in {folder}: "
+                              f"run unclip embed (again) with --out {folder}")
         self.meta = _read_meta(folder / "meta.json")
         if not self.meta:
             raise UnclipError(f"{folder / 'meta.json'} is broken: embed the data again")
         made_by = self.meta.get("clip_fingerprint")
         if fingerprint and made_by != fingerprint:
-            raise UnclipError(f"{folder} was embedded with CLIP {made_by}, not {fingerprint}: embed the data again")
+            raise UnclipError(f"{folder} was embedded with CLIP {made_by}, not {fingerprint}: "
+                              "embed the data again")
         self._texts = _embedded_captions(folder)
         self.shards = [_mapped(f) for f in sorted(folder.glob("shard_*.safetensors"))]
         self.starts = [0, *accumulate(len(s["zi"]) for s in self.shards)]
@@ -156,11 +163,14 @@ class EmbeddedData(Captioned):
         "Raises `UnclipError` unless files and captions belong together."
         rows, wanted = self.starts[-1], len(self._texts)
         if rows != wanted:
-            raise UnclipError(f"{folder} has {rows} embeddings for {wanted} captions: embed the data again")
+            raise UnclipError(f"{folder} has {rows} embeddings for {wanted} captions: "
+                              "embed the data again")
         if self.meta.get("captions", digest(self._texts)) != digest(self._texts):
-            raise UnclipError(f"{folder / 'captions.jsonl'} holds other captions than were embedded: embed the data again")
+            raise UnclipError(f"{folder / 'captions.jsonl'} holds other captions than were embedded: "
+                              "embed the data again")
         if len({tuple((k, x.shape[1:]) for k, x in sorted(s.items())) for s in self.shards}) > 1:
-            raise UnclipError(f"the shards in {folder} are unlike each other: delete them and embed again")
+            raise UnclipError(f"the shards in {folder} are unlike each other: "
+                              "delete them and embed again")
 
     def _check_pictures(self, folder):
         "Raises `UnclipError` unless row i of the pictures is row i of the embeddings."
@@ -169,14 +179,17 @@ class EmbeddedData(Captioned):
             raise UnclipError("stored embeddings are of the pictures as they are: "
                               "leave out flip and random-crop, or the embeddings")
         differs = what_differs(self.meta.get("data") or {}, self.pictures.identity())
-        if differs or self.pictures.texts(range(len(self))) != self._texts:
-            differs = differs or "its rows are others"
-            raise UnclipError(f"{folder} was embedded from other pictures ({differs}): embed the data again")
+        if not differs and self.pictures.texts(range(len(self))) != self._texts:
+            differs = "its rows are others"
+        if differs:
+            raise UnclipError(f"{folder} was embedded from other pictures ({differs}): "
+                              "embed the data again")
 
     def __len__(self) -> int: return len(self._texts)
     def texts(self, indices:Sequence[int]) -> list[str]: return [self._texts[i] for i in indices]
     def identity(self) -> dict:
-        "The CLIP, the number of rows, a digest of the captions, and the identity of the data that was embedded."
+        """The CLIP, the number of rows, a digest of the captions, and the identity of the data that
+        was embedded."""
         return {
             "source": "embeddings",
             "clip": self.meta.get("clip_fingerprint"),
@@ -186,7 +199,8 @@ class EmbeddedData(Captioned):
         }
 
     def batch(self, indices:Sequence[int]) -> dict:
-        "The rows at `indices`: `zi`, `zt` (b, d) and `text` (b, n, w) in float32, `tokens` (b, n), `caption`, perhaps `image`."
+        """The rows at `indices`: `zi`, `zt` (b, d) and `text` (b, n, w) in float32, `tokens` (b, n),
+        `caption`, perhaps `image`."""
         indices = [int(i) for i in indices]
         shards = [bisect_right(self.starts, i) - 1 for i in indices]
         out = {"caption": self.texts(indices)}

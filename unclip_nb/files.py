@@ -6,7 +6,7 @@
 __all__ = ['find_columns', 'check_columns', 'read_tar', 'TablePiece', 'TarPiece', 'ParquetPiece', 'open_parquet',
            'parquet_pieces', 'tar_pieces', 'StreamData', 'braces', 'source_files', 'load_captioned']
 
-# %% ../nbs/18c_files.ipynb #8e495194
+# %% ../nbs/18c_files.ipynb #c27effe5
 import json
 import os
 import re
@@ -23,11 +23,27 @@ from fastcore.basics import patch
 from .core import UnclipError, generator
 from .data import Captioned, ShapesData, digest, log
 from unclip_nb.folders import (
-    CAPTION_COLUMNS, PICTURES, SPLITS, Framing, PictureData, captions_in, files_of, first_of, hold_out, import_datasets,
-    is_text, name_of, of_split, picture_facts, read_folder, say_split, split_words, try_pictures,
+    CAPTION_COLUMNS,
+    PICTURES,
+    SPLITS,
+    Framing,
+    PictureData,
+    captions_in,
+    files_of,
+    first_of,
+    hold_out,
+    import_datasets,
+    is_text,
+    name_of,
+    of_split,
+    picture_facts,
+    read_folder,
+    say_split,
+    split_words,
+    try_pictures,
 )
 
-# %% ../nbs/18c_files.ipynb #ddc11bba
+# %% ../nbs/18c_files.ipynb #b14701b6
 def find_columns(
     features:dict,           # name -> `datasets` feature
     image:str|None=None,     # the picture column, if known
@@ -36,13 +52,16 @@ def find_columns(
     "The names of the picture and the caption column. Raises `UnclipError` that lists the columns."
     def pick(kind, given, found):
         if given and given not in features:
-            raise UnclipError(f"no column {given!r} for {kind}_column: the columns are {', '.join(features)}")
+            raise UnclipError(f"no column {given!r} for {kind}_column: "
+                              f"the columns are {', '.join(features)}")
         if not given and not found:
-            raise UnclipError(f"no {kind} column among {', '.join(features)}: name it with {kind}_column")
+            raise UnclipError(f"no {kind} column among {', '.join(features)}: "
+                              f"name it with {kind}_column")
         return given or found[0]
 
     kinds = {n: getattr(f, "dtype", "") for n, f in features.items()}
-    strings = [n for n, kind in kinds.items() if kind in ("string", "large_string") and not n.startswith("__")]
+    strings = [n for n, kind in kinds.items() if kind in ("string", "large_string")]
+    strings = [n for n in strings if not n.startswith("__")]
     pictures = [n for n, f in features.items() if type(f).__name__ == "Image"]
     pictures += [n for n in ("image", "img", "picture", "jpg", "jpeg", "png", "webp") if n in features]
     texts = [n for n in (*CAPTION_COLUMNS, "json") if n in features]
@@ -59,10 +78,12 @@ def check_columns(
     "Raises `UnclipError` when a column holds neither text nor pictures."
     kind = getattr(features[caption], "dtype", "string")
     if type(features[caption]).__name__ == "ClassLabel" or kind not in (*_BYTES, "dict", "list"):
-        raise UnclipError(f"column {caption!r} holds {kind}, not text: name the captions with caption_column")
+        raise UnclipError(f"column {caption!r} holds {kind}, not text: "
+                          "name the captions with caption_column")
     kind = getattr(features[image], "dtype", "struct")
     if type(features[image]).__name__ != "Image" and kind not in (*_BYTES, "struct", "dict"):
-        raise UnclipError(f"column {image!r} holds {kind}, not pictures: name the pictures with image_column")
+        raise UnclipError(f"column {image!r} holds {kind}, not pictures: "
+                          "name the pictures with image_column")
 
 def _standard(rows, image, caption):
     "The same rows with exactly two columns: undecoded `image`, and `caption`."
@@ -74,9 +95,10 @@ def _standard(rows, image, caption):
     renamed = {a: b for a, b in ((image, "image"), (caption, "caption")) if a != b}
     return rows.rename_columns(renamed)
 
-# %% ../nbs/18c_files.ipynb #6dc6d96c
+# %% ../nbs/18c_files.ipynb #08813813
 def _members(file, skipped):
-    "What one tar file holds: stem -> extension -> (name, offset, size, text). What is damaged is named in `skipped`."
+    """What one tar file holds: stem -> extension -> (name, offset, size, text).
+    What is damaged is named in `skipped`."""
     found = {}
     try:
         with tarfile.open(file, "r:") as tar:
@@ -95,7 +117,8 @@ def _members(file, skipped):
     return found
 
 def _tar_captions(sample, column):
-    "The captions of a sample and, where there are none, the reason. A column is an extension, or a field of the .json."
+    """The captions of a sample and, where there are none, the reason.
+    A column is an extension, or a field of the .json."""
     ends = (f".{column}",) if f".{column}" in sample else (".txt", ".caption", ".text", ".json")
     text = next((sample[e][3] for e in ends if e in sample), None)
     if text is None:
@@ -112,13 +135,14 @@ def _tar_captions(sample, column):
     found = captions_in(text.removeprefix(b"\xef\xbb\xbf") if isinstance(text, bytes) else text)
     return found, "" if found else "empty caption"
 
-# %% ../nbs/18c_files.ipynb #e1087383
+# %% ../nbs/18c_files.ipynb #1bfe6dc5
 def read_tar(
     file:Path,
     image_column:str|None=None,   # an extension
     caption_column:str|None=None, # an extension, or a field of the .json
 ) -> tuple[list[dict], list[list[str]], list[str], set[str]]:
-    "The pictures of a tar shard (path, name, offset, size), their captions, what was left out, and the extensions seen."
+    """The pictures of a tar shard (path, name, offset, size), their captions, what was left out, and
+    the extensions seen."""
     images, captions, skipped, ends = [], [], [], set()
     for stem, sample in _members(file, skipped).items():
         ends |= set(sample)
@@ -183,7 +207,7 @@ class ParquetPiece:
         return self.pictures[i].as_py()
     def close(self): self.pictures = None
 
-# %% ../nbs/18c_files.ipynb #7a964918
+# %% ../nbs/18c_files.ipynb #036951e3
 def open_parquet(
     file:Path|str, # on this disk, or a URL that fsspec opens
 ):
@@ -200,7 +224,8 @@ def parquet_pieces(
     image_column:str|None=None,   # found by itself where its type or name is usual
     caption_column:str|None=None, # likewise
 ) -> list[ParquetPiece]:
-    "The row groups of parquet files. Only the footers are read. Raises `UnclipError` for files that are damaged or alike in nothing."
+    """The row groups of parquet files. Only the footers are read.
+    Raises `UnclipError` for files that are damaged or alike in nothing."""
     pieces, features = [], import_datasets().Features
     for file in files:
         try:
@@ -208,8 +233,8 @@ def parquet_pieces(
                 counts = [f.metadata.row_group(g).num_rows for g in range(f.num_row_groups)]
                 columns = features.from_arrow_schema(f.schema_arrow)
         except Exception as e:
-            raise UnclipError(f"{source}: {type(e).__name__} while reading {Path(files[0]).name} and {len(files) - 1} more: "
-                              "write the shards again") from None
+            raise UnclipError(f"{source}: {type(e).__name__} while reading {Path(files[0]).name} "
+                              f"and {len(files) - 1} more: write the shards again") from None
         image, caption = find_columns(columns, image_column, caption_column)
         check_columns(columns, image, caption)
         pieces += [ParquetPiece(file, g, n, image, caption) for g, n in enumerate(counts) if n]
@@ -242,17 +267,20 @@ def tar_pieces(
     told = _told_sizes(files)
     pieces = [TarPiece(f, image_column, caption_column, told.get(f)) for f in files]
     if not any(len(p) for p in pieces):
-        raise _nothing_in(source, files, [x for p in pieces for x in p.skipped], set().union(*(p.ends for p in pieces)))
+        skipped, ends = [x for p in pieces for x in p.skipped], set().union(*(p.ends for p in pieces))
+        raise _nothing_in(source, files, skipped, ends)
     return [p for p in pieces if len(p)]
 
 def _nothing_in(source, files, skipped, ends):
     "The error for tar shards without a single row."
     told = "; ".join(skipped[:3]) or f"it has {', '.join(sorted(ends)) or 'nothing'}"
-    return UnclipError(f"{source}: no picture with a caption while reading {files[0].name} and {len(files) - 1} more ({told})")
+    return UnclipError(f"{source}: no picture with a caption while reading {files[0].name} "
+                       f"and {len(files) - 1} more ({told})")
 
-# %% ../nbs/18c_files.ipynb #fb4c1be6
+# %% ../nbs/18c_files.ipynb #1cdfd865
 class StreamData(Captioned):
-    "Captioned pictures in pieces. Nothing is read but the pieces that a batch needs. `skipped` names what was left out so far."
+    """Captioned pictures in pieces. Nothing is read but the pieces that a batch needs.
+    `skipped` names what was left out so far."""
     def __init__(self,
         pieces:Sequence,         # `ParquetPiece`, `TarPiece` or `TablePiece`
         size:int|Framing,        # side of the pictures in pixels, or all about their shape
@@ -264,10 +292,12 @@ class StreamData(Captioned):
         draws:bool=False,        # do rows hold several captions?
     ):
         self.framing = size if isinstance(size, Framing) else Framing(size)
-        self.pieces, self.size, self.name, self.known = list(pieces), self.framing.size, name, known or {"source": name}
+        self.pieces, self.size, self.name = list(pieces), self.framing.size, name
+        self.known = known or {"source": name}
         self.max_lanes, self.skipped = lanes, [*skipped]
         self.firsts = [0, *accumulate(len(p) for p in self.pieces)]
-        self.held_out = held_out if self.firsts[-1] > 1 else None        # a single picture has to serve as both
+        # a single picture has to serve as both
+        self.held_out = held_out if self.firsts[-1] > 1 else None
         self.starts = [0, *accumulate(self._count(k) for k in range(len(self.pieces)))]
         self._open, self._orders, self._perms = OrderedDict(), OrderedDict(), OrderedDict()
         self.draws = self.framing.draws or draws
@@ -278,7 +308,8 @@ class StreamData(Captioned):
 
     def __len__(self) -> int: return self.starts[-1]
     def identity(self) -> dict:
-        "What can be known without reading the stream: source, split, and a digest of its files where they are on this disk."
+        """What can be known without reading the stream: source, split, and a digest of its files
+        where they are on this disk."""
         return {**self.known, "streaming": True}
 
     def _count(self, k):
@@ -298,7 +329,7 @@ class StreamData(Captioned):
         if new:
             log.warning("%s: skipped %d: %s", self.name, len(new), first_of(new))
 
-# %% ../nbs/18c_files.ipynb #2f847c97
+# %% ../nbs/18c_files.ipynb #4501e2f1
 def _kept(cache, key, make, most):
     "`make()` for a key, kept while it is among the `most` used last."
     if key not in cache:
@@ -320,8 +351,10 @@ def _slot(self:StreamData, seed, epoch, place):
     at = bisect_right(begins, place) - 1
     k = order[at]
     def permutation():
-        return torch.randperm(self.starts[k + 1] - self.starts[k], generator=generator("rows", seed, epoch, k)).tolist()
-    return self.starts[k] + _kept(self._perms, (seed, epoch, k), permutation, 4 * self.max_lanes)[place - begins[at]]
+        g = generator("rows", seed, epoch, k)
+        return torch.randperm(self.starts[k + 1] - self.starts[k], generator=g).tolist()
+    rows = _kept(self._perms, (seed, epoch, k), permutation, 4 * self.max_lanes)
+    return self.starts[k] + rows[place - begins[at]]
 
 @patch
 def rows_of(self:StreamData,
@@ -333,7 +366,8 @@ def rows_of(self:StreamData,
     n, lanes = len(self), 1
     while 2 * lanes <= min(len(self.pieces), size, self.max_lanes):
         lanes *= 2
-    each, rest = divmod(n, lanes)                             # lane l has `each` rows, the first `rest` lanes one more
+    # lane l has `each` rows, the first `rest` lanes one more
+    each, rest = divmod(n, lanes)
     places = []
     for place in range(step * size, (step + 1) * size):
         epoch, p = divmod(place, n)
@@ -353,7 +387,7 @@ def rows_near(self:StreamData,
     for d in range(count, len(self)):
         yield (first + d) % len(self)
 
-# %% ../nbs/18c_files.ipynb #c38aefb0
+# %% ../nbs/18c_files.ipynb #35d50b31
 class _Opened:
     "A piece whose captions have been read, and the rows of this split that have one."
     def __init__(self, piece, captions, good):
@@ -368,9 +402,11 @@ def _piece(self:StreamData, k):
         try:
             captions = [captions_in(c) for c in piece.captions()]
         except OSError as e:
-            raise UnclipError(f"{self.name}: {type(e).__name__} while reading on: check the file and the network") from e
+            raise UnclipError(f"{self.name}: {type(e).__name__} while reading on: "
+                              "check the file and the network") from e
         except ValueError as e:
-            raise UnclipError(f"{self.name}: damaged ({type(e).__name__}): write the shards again") from e
+            raise UnclipError(f"{self.name}: damaged ({type(e).__name__}): "
+                              "write the shards again") from e
         mine = [i for i in range(len(captions)) if self._mine(k, i)]
         self._tell([*piece.skipped, *(self._told(k, i, "empty caption") for i in mine if not captions[i])])
         return _Opened(piece, captions, [i for i in mine if captions[i]])
@@ -392,7 +428,7 @@ def _find(self:StreamData, row):
             return j, opened, slot % len(opened.good)
     raise UnclipError(f"{self.name}: no row has a caption")
 
-# %% ../nbs/18c_files.ipynb #7272e79c
+# %% ../nbs/18c_files.ipynb #3f362666
 @patch
 def texts(self:StreamData, indices:Sequence[int], draws=None) -> list[str]:
     "The first caption of each row, or the one that `draws[:, 0]` picks; only captions are read."
@@ -408,7 +444,8 @@ def images(self:StreamData, indices:Sequence[int]): return self.batch(indices)["
 
 @patch
 def batch(self:StreamData, indices:Sequence[int], draws=None) -> dict:
-    "The rows at `indices`, as `PictureData.batch`. Raises `UnclipError` when a whole piece is unreadable."
+    """The rows at `indices`, as `PictureData.batch`.
+    Raises `UnclipError` when a whole piece is unreadable."""
     places = [self._find(int(row)) for row in indices]
     sources = [opened.piece.picture(opened.good[slot]) for _, opened, slot in places]
     found = try_pictures(sources, self.framing, draws)
@@ -438,7 +475,7 @@ def captions(self:StreamData, n:int) -> list[str]:
         out += [opened.captions[i][0] for i in opened.good]
     return out[:max(0, n)]
 
-# %% ../nbs/18c_files.ipynb #118dead3
+# %% ../nbs/18c_files.ipynb #fd1082a1
 def braces(
     text:str, # such as "{train,extra}-{00..12}.tar"
 ) -> list[str]:
@@ -461,7 +498,8 @@ def braces(
 def source_files(
     path:Path, # a folder, a file or a pattern
 ) -> tuple[bool, list[Path]]:
-    "Whether `path` is a folder, and the shards that it stands for. Raises `UnclipError` for what is no file."
+    """Whether `path` is a folder, and the shards that it stands for.
+    Raises `UnclipError` for what is no file."""
     if os.path.isdir(path):
         seen = files_of(path)
         shards = [f for f in seen if f.suffix in (".parquet", ".tar") and f.is_file()]
@@ -473,7 +511,8 @@ def source_files(
         return False, [path]
     if os.path.exists(path):
         raise UnclipError(f"cannot read {path}: it is not a regular file")
-    inside = os.path.join(escape(str(path.parent)), path.name)        # brackets in the folder's name are no pattern
+    # brackets in the folder's name are no pattern
+    inside = os.path.join(escape(str(path.parent)), path.name)
     names = braces(str(path))
     if len(names) == 1:
         found = glob(str(path), recursive=True) or glob(inside, recursive=True)
@@ -481,10 +520,11 @@ def source_files(
         found = [f for name in names for f in (glob(name, recursive=True) or [name])]
         lost = [f for f in found if not os.path.isfile(f)]
         if lost and len(lost) < len(found):
-            raise UnclipError(f"{lost[0]} and {len(lost) - 1} more of {len(found)} files are missing: check the numbers in {path}")
+            raise UnclipError(f"{lost[0]} and {len(lost) - 1} more of {len(found)} files are missing: "
+                              f"check the numbers in {path}")
     return False, [Path(f) for f in sorted(set(found)) if os.path.isfile(f)]
 
-# %% ../nbs/18c_files.ipynb #9e7ae0f8
+# %% ../nbs/18c_files.ipynb #e9bf0917
 def _folder_rows(folder, split, caption_column):
     "Rows of a folder of pictures, already those of the split, and (once, with train) what was left out."
     pairs, skipped = read_folder(folder, caption_column)
@@ -506,7 +546,8 @@ def _shards_of(source, files, split):
     "The kind of shards, those of the split, and whether they are the split's own."
     kinds = {f.suffix: {".parquet": "parquet", ".tar": "tar"}.get(f.suffix) for f in files}
     if len(kinds) > 1 or None in kinds.values():
-        raise UnclipError(f"cannot read {source}: give a folder of pictures, .parquet files or .tar shards")
+        raise UnclipError(f"cannot read {source}: "
+                          "give a folder of pictures, .parquet files or .tar shards")
     base = os.path.commonpath([f.parent for f in files])
     names = [os.path.relpath(f, base) for f in files]
     if split == "train":
@@ -520,8 +561,8 @@ def _parquet_rows(source, files):
         names = [escape(str(f)) for f in files]
         return import_datasets().load_dataset("parquet", data_files=names, split="train")
     except Exception as e:
-        raise UnclipError(f"{source}: {type(e).__name__} while reading {files[0].name} and {len(files) - 1} more: "
-                          "write the shards again") from None
+        raise UnclipError(f"{source}: {type(e).__name__} while reading {files[0].name} "
+                          f"and {len(files) - 1} more: write the shards again") from None
 
 def _tar_rows(source, files, image_column, caption_column):
     "Rows of tar shards, by index, and what cannot be used."
@@ -536,9 +577,10 @@ def _tar_rows(source, files, image_column, caption_column):
         raise _nothing_in(source, files, skipped, ends)
     return import_datasets().Dataset.from_dict({"image": images, "caption": captions}), skipped
 
-# %% ../nbs/18c_files.ipynb #8cbb4969
+# %% ../nbs/18c_files.ipynb #2f03d4ae
 def _hub(source, subset, ask):
-    "What `ask(datasets)` finds on the hub. Raises `UnclipError` for a name, or a subset, that is not there."
+    """What `ask(datasets)` finds on the hub.
+    Raises `UnclipError` for a name, or a subset, that is not there."""
     try:
         return ask(import_datasets())
     except UnclipError:
@@ -547,8 +589,9 @@ def _hub(source, subset, ask):
         found = re.search(r"\[(.*?)\]", str(e))
         if isinstance(e, ValueError) and "onfig" in str(e) and found:
             names = found[1].replace("'", "")
-            raise UnclipError(f"{source} has no subset {subset!r}: use --subset with one of {names}" if subset else
-                              f"{source} has several subsets: choose one with --subset: {names}") from None
+            wrong = f"has no subset {subset!r}: use --subset with one of"
+            told = wrong if subset else "has several subsets: choose one with --subset:"
+            raise UnclipError(f"{source} {told} {names}") from None
         raise UnclipError(f"no folder or file {source!r} here, and the hub gives no data set of that name "
                           f"({type(e).__name__}): check the spelling and the network") from None
 
@@ -573,13 +616,14 @@ def _hub_files(source, name, subset):
     builder = _hub(source, subset, lambda d: d.load_dataset_builder(source, *more))
     files = [str(f) for f in (builder.config.data_files or {}).get(name, [])]
     if not files or not all(f.endswith(".parquet") or ".parquet@" in f for f in files):
-        raise UnclipError(f"{source} is not kept in parquet files, and only those can be streamed: leave out --streaming")
+        raise UnclipError(f"{source} is not kept in parquet files, and only those can be streamed: "
+                          "leave out --streaming")
     return files
 
-# %% ../nbs/18c_files.ipynb #852c0bbd
+# %% ../nbs/18c_files.ipynb #6e34d01b
 def load_captioned(
-    source:str|Path="shapes",     # "shapes", "emoji", a folder, a .parquet or .tar file or pattern, or a hub id "owner/name"
-    split:str="train",            # train or valid (shapes also: unseen); 5 % are held out where the source has no splits
+    source:str|Path="shapes",     # "shapes", "emoji", a folder, file or pattern, or a hub id "owner/name"
+    split:str="train",            # train or valid (shapes also: unseen); 5 % held out where there are none
     size:int=32,                  # side of the pictures in pixels
     streaming:bool=False,         # read piece by piece, for sets that are too large to list
     image_column:str|None=None,   # found by itself where its type or name is usual
@@ -589,10 +633,12 @@ def load_captioned(
     flip:bool=False,              # mirror half of the pictures, except where the caption says left or right?
     random_crop:bool=False,       # the square at a random place of the longer side?
 ) -> Captioned:
-    "A data set of captioned pictures. Raises `UnclipError` when there is nothing to read or nothing readable."
+    """A data set of captioned pictures.
+    Raises `UnclipError` when there is nothing to read or nothing readable."""
     framing = Framing(size, aspect, flip, random_crop)
-    drawn = _drawn(source, split, size, dict(streaming=streaming, subset=subset, flip=flip, random_crop=random_crop,
-                                             aspect=aspect == "pad"))
+    chosen = dict(streaming=streaming, subset=subset, aspect=aspect != "crop" and aspect, flip=flip,
+                  random_crop=random_crop)
+    drawn = _drawn(source, split, size, chosen)
     if drawn:
         return drawn
     if split not in SPLITS:
@@ -609,14 +655,14 @@ def load_captioned(
         raise UnclipError(f"no folder or file {str(source)!r}: "
                           "check the path (a data set on the hub is written owner/name)")
     known = {"source": path.resolve().name if local else str(source), "split": split}
-    chosen = dict(subset=subset, aspect=aspect != "crop" and aspect, flip=flip, random_crop=random_crop)
-    known |= {k: v for k, v in chosen.items() if v}          # they make other rows
+    known |= {k: v for k, v in chosen.items() if v and k != "streaming"}     # they make other rows
     name = path.name if split == "train" else f"{path.name} ({split})"
     columns = (image_column, caption_column)
     if folder and not files:
         return _from_folder(path, split, caption_column, framing, name, known, streaming)
     if local:
-        return _from_shards(source, path if folder else None, files, split, columns, framing, name, known, streaming)
+        root = path if folder else None
+        return _from_shards(source, root, files, split, columns, framing, name, known, streaming)
     return _from_hub(str(source), split, subset, columns, framing, name, known, streaming)
 
 def _drawn(source, split, size, flags):
@@ -629,10 +675,11 @@ def _drawn(source, split, size, flags):
         return None
     asked = [k for k, v in flags.items() if v]
     if asked:
-        raise UnclipError(f"{asked[0].replace('_', '-')} is for your own pictures, not for {source}: leave it out")
+        raise UnclipError(f"{asked[0].replace('_', '-')} is for your own pictures, not for {source}: "
+                          "leave it out")
     return world(split, size)
 
-# %% ../nbs/18c_files.ipynb #8c2898af
+# %% ../nbs/18c_files.ipynb #9739ca2f
 def _from_folder(path, split, caption_column, framing, name, known, streaming):
     "A folder of pictures, by index or as a stream."
     rows, skipped = _folder_rows(path, split, caption_column)
@@ -650,7 +697,8 @@ def _from_shards(source, root, files, split, columns, framing, name, known, stre
     if streaming:
         known["digest"] = digest(f"{f.name}\t{f.stat().st_size}" for f in mine)
         pieces = (tar_pieces if kind == "tar" else parquet_pieces)(source, mine, *columns)
-        return StreamData(pieces, framing, name, known, held_out=None if own else split, draws=_several(pieces))
+        held_out = None if own else split
+        return StreamData(pieces, framing, name, known, held_out=held_out, draws=_several(pieces))
     skipped = ()
     if kind == "tar":
         rows, skipped = _tar_rows(source, mine, *columns)
@@ -669,7 +717,8 @@ def _from_hub(source, split, subset, columns, framing, name, known, streaming):
         files = _hub_files(source, part, subset)
         pieces = parquet_pieces(source, files, *columns)
         known["digest"] = digest(files)
-        return StreamData(pieces, framing, name, known, held_out=None if own else split, draws=_several(pieces))
+        held_out = None if own else split
+        return StreamData(pieces, framing, name, known, held_out=held_out, draws=_several(pieces))
     rows = _standard(_hub_rows(source, part, subset), *columns)
     if not own:
         rows = rows.select(hold_out([str(i) for i in range(len(rows))], split))

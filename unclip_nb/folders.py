@@ -7,7 +7,7 @@ __all__ = ['SPLITS', 'PICTURES', 'CAPTION_COLUMNS', 'split_words', 'of_split', '
            'files_of', 'read_folder', 'Framing', 'try_pictures', 'name_of', 'first_of', 'import_datasets',
            'picture_facts', 'PictureData']
 
-# %% ../nbs/18b_folders.ipynb #8c2d8a51
+# %% ../nbs/18b_folders.ipynb #0d9252b3
 import csv
 import json
 import os
@@ -17,12 +17,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 import torch
+from fastcore.basics import patch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 from .core import UnclipError, seed_for
 from .data import ASPECTS, Captioned, check_version, digest, log, read_picture
 
-# %% ../nbs/18b_folders.ipynb #2371ffa1
+# %% ../nbs/18b_folders.ipynb #a8c64994
 SPLITS = {"train": ("train", "training"), "valid": ("valid", "validation", "val", "dev", "test")}
 _SPLIT_WORDS = {w for words in SPLITS.values() for w in words}
 
@@ -39,7 +40,8 @@ def of_split(
     names:Sequence[str], # paths or split names
     split:str,           # train or valid
 ) -> tuple[list[int], bool]:
-    "Positions of the names that carry a split's word, and whether they are that split's own. Words count if every name has one."
+    """Positions of the names that carry a split's word, and whether they are that split's own.
+    Words count if every name has one."""
     words = [_words(n) for n in names]
     if not all(split_words(n) for n in names):
         return list(range(len(names))), False     # "boat", "car" and "train" are classes
@@ -61,7 +63,8 @@ def hold_out(
     keys:Sequence[str], # one a row, such as the picture's name
     split:str,          # train or valid
 ) -> list[int]:
-    "Positions of a split when 5 % of the keys (at least one) are held out: always the same ones, equal keys together."
+    """Positions of a split when 5 % of the keys (at least one) are held out: always the same ones,
+    equal keys together."""
     order = sorted(set(keys), key=lambda k: seed_for("held out", k))
     if len(order) == 1:
         return list(range(len(keys)))      # a single picture has to serve as both
@@ -117,11 +120,12 @@ def captions_in(
     text = " ".join(str(value).split())
     return [text] if text and is_text(text) else []
 
-# %% ../nbs/18b_folders.ipynb #b8f6ff63
+# %% ../nbs/18b_folders.ipynb #1c8d16ef
 def files_of(
     folder:str|Path,
 ) -> list[Path]:
-    "All files below a folder, sorted, hidden ones left out. Raises `UnclipError` when the folder cannot be read."
+    """All files below a folder, sorted, hidden ones left out.
+    Raises `UnclipError` when the folder cannot be read."""
     files, left, seen, todo = [], [], set(), [Path(folder)]
     while todo:
         here = todo.pop(0)
@@ -140,7 +144,8 @@ def files_of(
         folders = [e for e in entries if os.path.isdir(e.path)]
         files += [Path(e.path) for e in entries if e not in folders]
         todo[:0] = [Path(e.path) for e in folders if not e.is_symlink()]
-        todo += [Path(e.path) for e in folders if e.is_symlink()]           # last, so that a folder's own name wins
+        # last, so that a folder's own name wins
+        todo += [Path(e.path) for e in folders if e.is_symlink()]
     if left:
         log.warning("%s: left out %d folders: %s", Path(folder).name, len(left), "; ".join(left[:5]))
     return sorted(files)
@@ -186,7 +191,7 @@ def _metadata_rows(file):
     except OSError as e:
         raise UnclipError(f"{file} cannot be read ({e.strerror}): may you read it?") from None
 
-# %% ../nbs/18b_folders.ipynb #b4448e34
+# %% ../nbs/18b_folders.ipynb #462f0b8f
 def _name_in(row):
     "The picture's name in a metadata row, and why there is none."
     if isinstance(row, str):
@@ -217,7 +222,8 @@ def _metadata(file, column):
     return pairs, skipped
 
 def _beside(pictures):
-    "(picture path, captions) pairs from the .txt beside each picture, and those whose caption cannot be read."
+    """(picture path, captions) pairs from the .txt beside each picture, and those whose caption
+    cannot be read."""
     pairs, skipped = [], []
     for p in pictures:
         t = p.with_suffix(".txt")
@@ -231,12 +237,13 @@ def _beside(pictures):
             skipped.append(f"{p.name}: its caption is unreadable ({type(e).__name__})")
     return pairs, skipped
 
-# %% ../nbs/18b_folders.ipynb #6c56c415
+# %% ../nbs/18b_folders.ipynb #75c303f0
 def read_folder(
     folder:Path,
     caption_column:str|None=None, # of the metadata; found by itself where its name is usual
 ) -> tuple[list[tuple[str, list[str]]], list[str]]:
-    "(path, captions) of each picture, and what was left out. Raises `UnclipError` when there are no pictures or no captions."
+    """(path, captions) of each picture, and what was left out.
+    Raises `UnclipError` when there are no pictures or no captions."""
     seen = files_of(folder)
     files = [p for p in seen if p.suffix.lower() in PICTURES]
     odd = [p for p in files if not is_text(str(p))]
@@ -262,7 +269,7 @@ def read_folder(
     skipped += [f"{p.name.encode(errors='replace').decode()}: its name is not UTF-8" for p in odd]
     return pairs, skipped
 
-# %% ../nbs/18b_folders.ipynb #67b5ff68
+# %% ../nbs/18b_folders.ipynb #dede562f
 @dataclass(frozen=True)
 class Framing:
     "How a picture becomes a square. Raises `UnclipError` for choices that exclude each other."
@@ -275,7 +282,8 @@ class Framing:
         if self.aspect not in ASPECTS:
             raise UnclipError(f"aspect {self.aspect!r} is unknown: use {' or '.join(ASPECTS)}")
         if self.random_crop and self.aspect == "pad":
-            raise UnclipError("a padded picture is whole, there is nothing to crop: leave out random-crop or pad")
+            raise UnclipError("a padded picture is whole, there is nothing to crop: "
+                              "leave out random-crop or pad")
 
     @property
     def draws(self) -> bool: return self.flip or self.random_crop
@@ -285,7 +293,11 @@ class Framing:
         where = 0.5 if draw is None or not self.random_crop else float(draw[2])
         return read_picture(source, self.size, self.aspect, where)
 
-    def finish(self, pixels:UInt8[Tensor, "b 3 s s"], texts:Sequence[str], draws=None) -> Float[Tensor, "b 3 s s"]:
+    def finish(self,
+        pixels:UInt8[Tensor, "b 3 s s"],
+        texts:Sequence[str], # the captions
+        draws=None,          # (b, 3) in [0, 1)
+    ) -> Float[Tensor, "b 3 s s"]:
         "Bytes in [-1, 1], half of them mirrored by `draws[:, 1]` where that is asked for."
         x = pixels.float() / 127.5 - 1
         if self.flip and draws is not None:
@@ -336,14 +348,17 @@ def first_of(
     "The first five of a list in words."
     return "; ".join(told[:5]) + (f" and {len(told) - 5} more" if len(told) > 5 else "")
 
-# %% ../nbs/18b_folders.ipynb #6c3a8439
+# %% ../nbs/18b_folders.ipynb #015d0ba8
 def import_datasets():
-    "The package `datasets`, with its own bars and chatter off. Raises `UnclipError` where it is missing or too old."
+    """The package `datasets`, with its own bars and chatter off.
+    Raises `UnclipError` where it is missing or too old."""
     try:
         import datasets
     except ImportError:
-        raise UnclipError("reading picture files needs the package datasets: pip install datasets") from None
-    check_version("datasets")                               # below 3 it runs what a hub's data set brings along
+        raise UnclipError("reading picture files needs the package datasets: "
+                          "pip install datasets") from None
+    # below 3 it runs what a hub's data set brings along
+    check_version("datasets")
     import huggingface_hub
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
@@ -375,9 +390,10 @@ def picture_facts(
     places = range(len(names)) if rows._indices is None else rows._indices.column(0).to_pylist()
     return [fact(names[i], sizes[i]) for i in places]
 
-# %% ../nbs/18b_folders.ipynb #98c3e93d
+# %% ../nbs/18b_folders.ipynb #2941b0de
 class PictureData(Captioned):
-    "Picture files with captions, by index. `skipped` names what was left out. Raises `UnclipError` when nothing is left."
+    """Picture files with captions, by index. `skipped` names what was left out.
+    Raises `UnclipError` when nothing is left."""
     def __init__(self,
         rows,                     # `datasets.Dataset` with an undecoded `image` and a `caption`
         size:int|Framing,         # side of the pictures in pixels, or all about their shape
@@ -385,21 +401,23 @@ class PictureData(Captioned):
         skipped:Sequence[str]=(), # what the reader of the files left out already
         keep:bool|None=None,      # decode everything now; by default up to 10,000 pictures and 256 MB
         known:dict|None=None,     # source and split, for `identity`
-        root:str|Path|None=None,  # names count from here in `identity`; by default only the last part of a path
+        root:str|Path|None=None,  # names count from here in `identity`; by default the last part only
     ):
         self.framing = size if isinstance(size, Framing) else Framing(size)
         self.rows, self.size, self.name, self.pixels = rows, self.framing.size, name, None
         self.known, self.root = known or {"source": name}, root
         captions, total = [captions_in(c) for c in rows["caption"]], len(rows) + len(skipped)
         good = [i for i, c in enumerate(captions) if c]
-        self.skipped = [*skipped, *(f"{self._name(i)}: empty caption" for i, c in enumerate(captions) if not c)]
+        empty = [i for i, c in enumerate(captions) if not c]
+        self.skipped = [*skipped, *(f"{self._name(i)}: empty caption" for i in empty)]
         small = len(good) <= 10_000 and len(good) * 3 * self.size**2 <= 2**28
         if (small if keep is None else keep) and not self.framing.random_crop:
             good = self._decode_all(good)
         self.index, self._captions = good, [captions[i] for i in good]
         told = first_of(self.skipped)
         if not good:
-            raise UnclipError(f"{name}: none of its {total} pictures can be read and has a caption ({told})")
+            raise UnclipError(f"{name}: "
+                              f"none of its {total} pictures can be read and has a caption ({told})")
         if self.skipped:
             log.warning("%s: skipped %d of %d: %s", name, len(self.skipped), total, told)
         several = sum(len(c) > 1 for c in self._captions)
@@ -418,7 +436,8 @@ class PictureData(Captioned):
 
     def __len__(self) -> int: return len(self.index)
     def _name(self, i): return name_of(self.rows[i]["image"], f"row {i}")
-    def images(self, indices:Sequence[int]) -> Float[Tensor, "b 3 size size"]: return self.batch(indices)["image"]
+    def images(self, indices:Sequence[int]) -> Float[Tensor, "b 3 size size"]:
+        return self.batch(indices)["image"]
 
     def texts(self, indices:Sequence[int], draws=None) -> list[str]:
         "The first caption of each row, or the one that `draws[:, 0]` picks."
@@ -428,32 +447,36 @@ class PictureData(Captioned):
         return [c[int(u * len(c))] for c, u in zip(several, draws[:, 0].tolist())]
 
     def identity(self) -> dict:
-        "Source, split, number of rows, and a digest of each row's file name, file size and captions. No picture is opened."
+        """Source, split, number of rows, and a digest of each row's file name, file size and captions.
+        No picture is opened."""
         facts = picture_facts(self.rows, self.root)
         lines = ("\t".join([facts[i], *captions]) for i, captions in zip(self.index, self._captions))
         return {**self.known, "count": len(self), "digest": digest(lines)}
 
-    def batch(self, indices:Sequence[int], draws=None) -> dict:
-        "The rows at `indices`; `draws` (b, 3) in [0, 1) picks caption, mirror image and crop."
-        indices = [int(i) for i in indices]
-        if self.pixels is None:
-            found = try_pictures([self.rows[self.index[i]]["image"] for i in indices], self.framing, draws)
-            pairs = [self._next_good(i, x) for i, x in zip(indices, found)]
-            indices, pixels = [i for i, _ in pairs], torch.stack([x for _, x in pairs])
-        else:
-            pixels = self.pixels[indices]
-        texts = self.texts(indices, draws)
-        return {"image": self.framing.finish(pixels, texts, draws), "caption": texts}
+# %% ../nbs/18b_folders.ipynb #b38d1c8e
+@patch
+def batch(self:PictureData, indices:Sequence[int], draws=None) -> dict:
+    "The rows at `indices`; `draws` (b, 3) in [0, 1) picks caption, mirror image and crop."
+    indices = [int(i) for i in indices]
+    if self.pixels is None:
+        found = try_pictures([self.rows[self.index[i]]["image"] for i in indices], self.framing, draws)
+        pairs = [self._next_good(i, x) for i, x in zip(indices, found)]
+        indices, pixels = [i for i, _ in pairs], torch.stack([x for _, x in pairs])
+    else:
+        pixels = self.pixels[indices]
+    texts = self.texts(indices, draws)
+    return {"image": self.framing.finish(pixels, texts, draws), "caption": texts}
 
-    def _next_good(self, i, found):
-        "Row i, or the next readable one; an unreadable one is named once."
-        for j in [*range(i, len(self)), *range(i)]:
-            if j != i:
-                found = try_pictures([self.rows[self.index[j]]["image"]], self.framing)[0]
-            if not isinstance(found, str):
-                return j, found
-            told = f"{self._name(self.index[j])}: {found}"
-            if told not in self.skipped:
-                self.skipped.append(told)
-                log.warning("%s: skipped %s", self.name, told)
-        raise UnclipError(f"{self.name}: none of its {len(self)} pictures can be read")
+@patch
+def _next_good(self:PictureData, i, found):
+    "Row i, or the next readable one; an unreadable one is named once."
+    for j in [*range(i, len(self)), *range(i)]:
+        if j != i:
+            found = try_pictures([self.rows[self.index[j]]["image"]], self.framing)[0]
+        if not isinstance(found, str):
+            return j, found
+        told = f"{self._name(self.index[j])}: {found}"
+        if told not in self.skipped:
+            self.skipped.append(told)
+            log.warning("%s: skipped %s", self.name, told)
+    raise UnclipError(f"{self.name}: none of its {len(self)} pictures can be read")
