@@ -480,7 +480,10 @@ def save_files(self:CLIP, folder:Path):
     "Beside the weights: the tokenizer, and whose rounded copy they are."
     if self.tokenizer is not None:
         self.tokenizer.save(folder)
-    saved, own = digest_of(load_file(folder/"model.safetensors")), self.fingerprint
+    weights = folder/"model.safetensors"
+    if not weights.exists():               # a sharded checkpoint: never rounded
+        return
+    saved, own = digest_of(load_file(weights)), self.fingerprint
     if saved != own:
         write_text(folder/"copy_of.json", json.dumps({saved: own}))
 

@@ -10,10 +10,10 @@ __all__ = ['MANY', 'PRECISIONS', 'log', 'LOADING', 'HUB_FILES', 'NOT_ON_HUB', 'P
            'only_writes', 'plain_names', 'Stage', 'checkpoints', 'moments_of', 'seal_checkpoint', 'save_checkpoint',
            'read_state', 'put_moments', 'load_checkpoint', 'newest_checkpoint', 'read_log', 'trim_log', 'plot_loss',
            'Interrupt', 'pick_precision', 'make_accelerator', 'asked_to_shard', 'unsharded_accelerate', 'shard_parts',
-           'shard_stage', 'skeleton_of', 'whole_weights', 'save_shards', 'load_shards', 'to_device', 'ahead', 'Run',
-           'other_data', 'find_state', 'data_identity', 'start_run', 'rows_of', 'gradients', 'check_finite',
-           'train_step', 'look', 'check_weights', 'save_run', 'log_run', 'feed_of', 'others_alive', 'train_steps',
-           'finished_model', 'finish_run', 'finished_record', 'fit', 'save_preview', 'gathered']
+           'shard_stage', 'clip_shares', 'skeleton_of', 'whole_weights', 'save_shards', 'load_shards', 'to_device',
+           'ahead', 'Run', 'other_data', 'find_state', 'data_identity', 'start_run', 'rows_of', 'gradients',
+           'check_finite', 'train_step', 'look', 'check_weights', 'save_run', 'log_run', 'feed_of', 'others_alive',
+           'train_steps', 'finished_model', 'finish_run', 'finished_record', 'fit', 'save_preview', 'gathered']
 
 # %% ../nbs/04_train.ipynb #4ed0d5de
 import copy
@@ -866,13 +866,33 @@ def shard_stage(
     model:nn.Module,     # its parameters become shares, in place
     device:torch.device, # cuda, or cpu
 ):
-    "Split every parameter over all processes by rows (FSDP2)."
+    "Split every parameter over all processes by rows (FSDP2); single numbers stay whole."
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for part in shard_parts(model):
         fully_shard(part, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if not p.ndim})
+
+def clip_shares(
+    model:nn.Module, # sharded, with gradients
+    longest:float,   # length allowed
+) -> Tensor:
+    "`clip_grad_norm_` over the shares of all processes; the gradients of what stays whole are averaged first."
+    dist, shares, whole = torch.distributed, [], []
+    for p in model.parameters():
+        if p.grad is not None:
+            (shares if hasattr(p.grad, "to_local") else whole).append(local_part(p.grad))
+    for g in whole:
+        dist.all_reduce(g)
+        g /= dist.get_world_size()
+    square = torch.stack(torch._foreach_norm(shares)).square().sum()
+    dist.all_reduce(square)
+    for g in whole:
+        square += g.square().sum()
+    norm = square.sqrt()
+    torch._foreach_mul_(shares + whole, (longest / (norm + 1e-6)).clamp(max=1))
+    return norm
 
 def skeleton_of(model:nn.Module) -> nn.Module:
     "A copy of the model without its parameters' memory: whole weights are put into it at the end."
@@ -920,7 +940,8 @@ def load_shards(folder:Path, model:nn.Module, ema:nn.Module, optimizer:torch.opt
     "What `save_shards` wrote, into one process or any number. Raises `UnclipError` for another model's shares."
     dcp = _import_checkpoint()
     reader = dcp.HuggingFaceStorageReader(str(folder))
-    stored = reader.read_metadata().state_dict_metadata
+    stored = {k: v for k, v in reader.read_metadata().state_dict_metadata.items()
+              if k.split(".")[0] in PARTS}          # others belong to the stage's own files
     params = dict(model.named_parameters())
     moments = {}
     for key in stored:
@@ -1145,8 +1166,10 @@ def gradients(run:Run, feed) -> tuple[Tensor, Tensor]:
             loss = run.net(batch, generator(cfg.seed, "loss", rows_of(run, i), 0)) / k
             acc.backward(loss)
         total += loss.detach().float()
-    norm = acc.clip_grad_norm_(run.model.parameters(), cfg.clip_norm or math.inf)
-    return total, norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    longest = cfg.clip_norm or math.inf
+    if run.sharded:
+        return total, clip_shares(run.model, longest)
+    return total, acc.clip_grad_norm_(run.model.parameters(), longest)
 
 def check_finite(run:Run, step:int, loss:float, norm:float):
     "Raises `UnclipError` for a step whose loss or gradient is no number."
