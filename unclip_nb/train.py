@@ -1101,13 +1101,15 @@ def start_run(
                  data=data_identity(batches))
     checkpoint, state = find_state(out, fresh, resume, new_data)
     accelerator.wait_for_everyone()
+    split = asked_to_shard(cfg) and accelerator.num_processes > 1
+    kernels_last = cfg.channels_last and not split           # FSDP2 takes contiguous weights only
     model.to(accelerator.device,
-             memory_format=torch.channels_last if cfg.channels_last else torch.preserve_format)
+             memory_format=torch.channels_last if kernels_last else torch.preserve_format)
     if checkpoint is None:
         model.start(batches)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     skeleton = None
-    if asked_to_shard(cfg) and accelerator.num_processes > 1:
+    if split:
         skeleton = skeleton_of(model)
         shard_stage(model, accelerator.device)
         shard_stage(ema, accelerator.device)
