@@ -688,6 +688,42 @@ def test_nested_tuples_come_back():
         a:tuple = ((1, 2), (3,))
     assert config_from(Nested, json.loads(json.dumps(asdict(Nested())))) == Nested()
 
+# ---------------------------------------------------------------- waiting for the device
+
+def test_the_loop_reads_losses_only_when_they_are_logged(tmp_path, monkeypatch):
+    "As on a GPU: of 30 steps, a line every 10, no read but at the lines; the same log as when each step is read."
+    usual = run(tmp_path / "usual", steps=30, log_every=10, save_every=30)
+    started, reads = train.start_run, []
+    def as_on_a_gpu(*args, **kw):
+        found = started(*args, **kw)
+        monkeypatch.setattr(train, "feed_of", lambda r, b: (b.at(i) for i in range(30)))
+        class Device:
+            type = "gpu"
+        class Accelerator:
+            device = Device()
+            def __getattr__(self, name): return getattr(real, name)
+            def reduce(self, x, how):
+                reads.append(found.state["step"])
+                return real.reduce(x, how)
+        real = found.accelerator
+        found.accelerator = Accelerator()
+        return found
+    monkeypatch.setattr(train, "start_run", as_on_a_gpu)
+    monkeypatch.setattr(train, "to_device", lambda batch, *a: batch)
+    zeros = torch.zeros
+    def on_cpu(*a, device=None, **kw): return zeros(*a, **kw)
+    full = torch.full
+    monkeypatch.setattr(torch, "zeros", on_cpu)
+    monkeypatch.setattr(torch, "full", lambda *a, device=None, **kw: full(*a, **kw))
+    item = torch.Tensor.item
+    monkeypatch.setattr(torch.Tensor, "item", lambda x: reads.append("item") or item(x))
+    quiet = run(tmp_path / "quiet", steps=30, log_every=10, save_every=30)
+    assert same(usual, quiet)
+    assert [r for r in reads if r != "item"] == [10, 20, 30, 30]        # and once for the finite weights
+    assert reads.index("item") > reads.index(20)                        # no single number before the save
+    logs = [[(r["step"], r["loss"]) for r in read_log(tmp_path / n)] for n in ("usual", "quiet")]
+    assert logs[0] == logs[1]
+
 # ---------------------------------------------------------------- many processes
 
 class Deep(Toy):

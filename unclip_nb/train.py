@@ -116,7 +116,6 @@ class TrainConfig:
     precision:str="auto"     # no, bf16, fp16, or auto: see `pick_precision`
     channels_last:bool=False # memory format of pictures and convolutions
     compile:bool=False       # torch.compile the loss
-    graph:bool=False         # replay each step as one CUDA graph: for small networks
     shard:bool=False         # split weights, moments and average over the processes (FSDP2)
     workers:int=0            # processes that read and decode the data
     ema_decay:float=0.999    # of the averaged weights
@@ -175,7 +174,7 @@ def lr_at(
 # %% ../nbs/04_train.ipynb #785caf95
 def make_optimizer(
     model:nn.Module,  # only its trainable parameters
-    cfg:TrainConfig,  # optimizer, lr, weight_decay, beta1, beta2, eps, graph
+    cfg:TrainConfig,  # optimizer, lr, weight_decay, beta1, beta2, eps
 ) -> torch.optim.Optimizer:
     """AdamW (Adam with decoupled weight decay), on CUDA in one fused kernel; or, with Nesterov's
     look-ahead, Muon for what has more than one dimension and AdamW for the rest.
@@ -190,7 +189,7 @@ def make_optimizer(
         groups[1]["use_fallback"] = True
         return Muon(groups, nesterov=True, **shared)      # scaled so that AdamW's rates fit
     on_cuda = all(p.is_cuda for p in params)
-    return torch.optim.AdamW(groups, fused=on_cuda or None, capturable=cfg.graph and on_cuda, **shared)
+    return torch.optim.AdamW(groups, fused=on_cuda or None, **shared)
 
 # %% ../nbs/04_train.ipynb #1a73748a
 def local_part(x:Tensor) -> Tensor:
@@ -691,7 +690,7 @@ def put_moments(model:nn.Module, optimizer:torch.optim.Optimizer, moments:dict[s
         p = params[name]
         if kind != "step":
             v = torch.empty_like(p).copy_(held_like(p, v))
-        elif optimizer.param_groups[0].get("fused") or optimizer.param_groups[0].get("capturable"):
+        elif optimizer.param_groups[0].get("fused"):
             v = v.to(p.device)
         optimizer.state[p][kind] = v
 
@@ -1004,7 +1003,6 @@ class Run:
     out:Path                         # the run's folder
     state:dict                       # step, seconds, losses since the last log line, and what must not change on resuming
     skeleton:Stage|None=None         # of a sharded run: where the whole weights go at the end
-    graph:object=None                # the captured step, where steps are replayed
     unread:list=field(default_factory=list) # (loss, norm) of the steps since the last `look`, on the device
     norm:float=math.nan              # gradient norm of the last step that was looked at
     @property
@@ -1013,7 +1011,7 @@ class Run:
     def sharded(self) -> bool: return self.skeleton is not None
 
 MAY_CHANGE = ("steps", "save_every", "preview_every", "log_every", "log_with", "keep", "workers",
-              "graph", "shard", "precision")     # precision: "auto" keeps that of the checkpoint
+              "shard", "precision")     # precision: "auto" keeps that of the checkpoint
 
 def other_data(before:dict|None, now:dict|None) -> str:
     "What two data sets' identities differ in, in words; empty if they agree, or if one of them is not known."
