@@ -510,9 +510,13 @@ def test_a_picture_is_whole_or_absent(tmp_path):
     assert not list(tmp_path.iterdir())
 
 def test_the_launchers_precision_is_used_unless_another_is_asked_for(monkeypatch, caplog):
-    assert TrainConfig().precision == "no"
+    cpu, auto, no = torch.device("cpu"), TrainConfig(), TrainConfig(precision="no")
+    assert train.pick_precision(auto, cpu) == "no"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert TrainConfig().precision == "bf16" and TrainConfig(precision="no").precision == "no"
+    assert train.pick_precision(auto, cpu) == "bf16"
+    assert train.pick_precision(no, cpu) == "no"
+    assert train.pick_precision(auto, cpu, {"train": {"precision": "fp16"}}) == "fp16"
+    assert train.make_accelerator(auto, "cpu").mixed_precision == "bf16"
     train.make_accelerator(TrainConfig(precision="no"), "cpu")
     assert "launched with mixed precision bf16, this training uses no" in caplog.text
 
@@ -684,7 +688,163 @@ def test_nested_tuples_come_back():
         a:tuple = ((1, 2), (3,))
     assert config_from(Nested, json.loads(json.dumps(asdict(Nested())))) == Nested()
 
+# ---------------------------------------------------------------- waiting for the device
+
+def test_the_loop_reads_losses_only_when_they_are_logged(tmp_path, monkeypatch):
+    "As on a GPU: of 30 steps, a line every 10, no read but at the lines; the same log as when each step is read."
+    usual = run(tmp_path / "usual", steps=30, log_every=10, save_every=30)
+    started, reads = train.start_run, []
+    def as_on_a_gpu(*args, **kw):
+        found = started(*args, **kw)
+        monkeypatch.setattr(train, "feed_of", lambda r, b: (b.at(i) for i in range(30)))
+        class Device:
+            type = "gpu"
+        class Accelerator:
+            device = Device()
+            def __getattr__(self, name): return getattr(real, name)
+            def reduce(self, x, how):
+                reads.append(found.state["step"])
+                return real.reduce(x, how)
+        real = found.accelerator
+        found.accelerator = Accelerator()
+        return found
+    monkeypatch.setattr(train, "start_run", as_on_a_gpu)
+    monkeypatch.setattr(train, "to_device", lambda batch, *a: batch)
+    zeros = torch.zeros
+    def on_cpu(*a, device=None, **kw): return zeros(*a, **kw)
+    full = torch.full
+    monkeypatch.setattr(torch, "zeros", on_cpu)
+    monkeypatch.setattr(torch, "full", lambda *a, device=None, **kw: full(*a, **kw))
+    item, step = torch.Tensor.item, torch.optim.AdamW.step
+    def counted(x):
+        reads.append("item")
+        return item(x)
+    def adamw(*a, **kw):                    # keeps its step counts on the CPU, where reading them is free
+        with monkeypatch.context() as m:
+            m.setattr(torch.Tensor, "item", item)
+            return step(*a, **kw)
+    monkeypatch.setattr(torch.Tensor, "item", counted)
+    monkeypatch.setattr(torch.optim.AdamW, "step", adamw)
+    quiet = run(tmp_path / "quiet", steps=30, log_every=10, save_every=30)
+    assert same(usual, quiet)
+    assert [r for r in reads if r != "item"] == [10, 20, 30, 30]        # and once for the finite weights
+    assert reads.index("item") > reads.index(20)                        # no single number before the save
+    logs = [[(r["step"], r["loss"]) for r in read_log(tmp_path / n)] for n in ("usual", "quiet")]
+    assert logs[0] == logs[1]
+
 # ---------------------------------------------------------------- many processes
+
+class Deep(Toy):
+    "A toy with blocks, so that there is something to gather one at a time, and sizes that don't divide evenly."
+    name = "deep"
+    def __init__(self, config:ToyConfig):
+        super().__init__(config)
+        self.blocks = nn.ModuleList(nn.Linear(3, 3) for _ in range(2))
+        self.register_buffer("count", torch.zeros(()))
+    def loss(self, batch, generator):
+        x = batch["x"] - self.mean
+        noise = torch.randn(x.shape, generator=generator)
+        y = x + self.config.noise * noise
+        for block in self.blocks:
+            y = y + block(y)
+        return (self.net(y) - x).square().mean()
+
+def deep():
+    torch.manual_seed(0)
+    return Deep(ToyConfig(noise=0.5, dropout=0.0))
+
+class Rows(Points):
+    "As `Batches`: the rows of a step lie side by side, whoever takes them."
+    def at(self, step, rank=0, world=1):
+        return super().at(step * world + rank)
+
+class Killed(Rows):
+    "Rank 1 is shot at a step."
+    def at(self, step, rank=0, world=1):
+        if rank == 1 and step == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().at(step, rank, world)
+
+FORKED = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from test_train import *
+n, out, port, job = int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], sys.argv[5]
+os.environ |= dict(WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+pids = []
+for rank in range(n):
+    if not (pid := os.fork()):
+        os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank))
+        try:
+            globals()[job](out, n)
+        except UnclipError as e:
+            print("UnclipError:", e, flush=True)
+            os._exit(2)
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    pids.append(pid)
+codes = [os.waitstatus_to_exitcode(os.waitpid(p, 0)[1]) for p in pids]
+print("codes", sorted(codes))
+sys.exit(any(codes))
+"""
+
+def forked(n, out, job):
+    "`job(out, n)` in n processes; the finished command."
+    import socket
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    words = [str(Path(__file__).parent), str(n), str(out), str(port), job]
+    return subprocess.run([sys.executable, "-c", FORKED, *words], capture_output=True, text=True, timeout=300)
+
+SPLIT = dict(steps=12, save_every=4, log_every=1, keep=9)
+def sharded(out, n, **kw):
+    "Always four micro-batches a step, whoever computes them."
+    return run(out, deep(), accumulate=4 // n, shard=True, **SPLIT | dict(batches=Rows()) | kw)
+
+def two_then_stop(out, n): sharded(out, n, steps=4, schedule="constant")
+def four_go_on(out, n): sharded(out, n, schedule="constant", resume=True)
+def one_is_killed(out, n):
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    sharded(out, n, schedule="constant", batches=Killed())
+
+def losses(out): return [r["loss"] for r in read_log(out)]
+
+def test_sharded_two_then_one_then_four_processes_are_one(tmp_path):
+    "Weights, moments and average survive each change of the number of processes, and the folder is that of one process."
+    done = forked(2, tmp_path / "r", "two_then_stop")
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    shutil.rmtree(tmp_path / "r" / "previews", ignore_errors=True)
+    first = checkpoints(tmp_path / "r")[-1]
+    assert len(list(first.glob("shard-*.safetensors"))) == 2
+    assert {f.suffix for f in first.iterdir()} == {".safetensors", ".json"}      # nothing pickled
+    sharded(tmp_path / "r", 1, steps=8, schedule="constant", resume=True)
+    done = forked(4, tmp_path / "r", "four_go_on")
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    one = sharded(tmp_path / "one", 1, schedule="constant")
+    for a, b in zip(losses(tmp_path / "r"), losses(tmp_path / "one"), strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
+    ours, theirs = Deep.from_pretrained(tmp_path / "r"), Deep.from_pretrained(tmp_path / "one")
+    for k, v in theirs.state_dict().items():
+        assert torch.allclose(ours.state_dict()[k], v, atol=1e-5), k
+    assert same(theirs, one)
+    files = [sorted(f.name for f in (tmp_path / n).glob("*.*")) for n in ("r", "one")]
+    assert files[0] == files[1] and train.finished_record(tmp_path / "r")["step"] == 12
+
+def test_a_killed_process_ends_the_others_and_nothing_is_lost(tmp_path):
+    done = forked(2, tmp_path / "r", "one_is_killed")
+    assert done.returncode and "codes [-9, 2]" in done.stdout, done.stdout + done.stderr[-2000:]
+    assert "another process of this training has ended" in done.stdout
+    assert names(tmp_path / "r") == ["step_00000004"] and not junk(tmp_path / "r")
+    sharded(tmp_path / "r", 1, schedule="constant", resume=True)
+    sharded(tmp_path / "one", 1, schedule="constant")
+    assert losses(tmp_path / "r") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
 
 PAIR = '''
 import os, sys
@@ -738,5 +898,5 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path):
     pair = Toy.from_pretrained(tmp_path / "pair")
     assert all(
         torch.allclose(a, b, atol=1e-5) for a, b in zip(pair.parameters(), whole.parameters()))
-    with pytest.raises(UnclipError, match="processes = 2, this run 1"):
+    with pytest.raises(UnclipError, match="batch_size x processes x accumulate = 24, this run 12"):
         run(tmp_path / "pair", toy(dropout=0, noise=0), steps=20, accumulate=2, resume=True)
