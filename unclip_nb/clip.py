@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['OPEN_CLIP_NAMES', 'clip_loss', 'processes', 'gather_rows', 'local_clip_loss', 'ConvTower', 'ViT', 'open_clip_name',
            'CLIPConfig', 'build_towers', 'CLIP', 'similarity_sheet', 'retrieval_at_k', 'zero_shot', 'digest_of',
-           'embed', 'load_clip']
+           'load_clip']
 
 # %% ../nbs/05_clip.ipynb #14c38378
 import hashlib
 import io
 import json
 import math
-import os
 import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -506,42 +505,6 @@ def load_files(self:CLIP, folder:Path):
     if not isinstance(found, dict):
         raise UnclipError(f"{file} is damaged: copy it again")
     self.__dict__["_copy_of"] = found
-
-# %% ../nbs/05_clip.ipynb #c05d1a26
-def embed(
-    clip:CLIP,
-    data,                 # a data set with an index
-    out:str|Path,         # the folder to fill
-    batch_size:int=256,   # pictures at a time
-    n:int|None=None,      # the first n rows; all by default
-    shard:int=4096,       # rows a file
-    progress:bool=True,   # show a bar on stderr?
-) -> Path:
-    """Write the embeddings of a data set to disk, for `EmbeddedData`. Raises `UnclipError` when `out`
-    holds those of another CLIP, data set or size."""
-    out = Path(out)
-    n = len(data) if n is None else number("n", n, low=1, high=len(data), whole=True)
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-    meta = {"clip_fingerprint": clip.fingerprint, "rows": n, "shard": shard, "clip_dim": clip.dim,
-            "text_width": clip.text_width, "context_length": clip.context_length}
-    identity, begun = data.identity(), out / "begun.json"
-    if begun.exists() or (out / "meta.json").exists():
-        _refuse_other(begun, meta, identity)
-    say_cut(clip.tokenizer, data.captions(min(n, 1000)), str(out))
-    with writing(begun):
-        write_text(begun, json.dumps({**meta, "data": identity}))
-    files = [out / f"shard_{s // shard:05d}.safetensors" for s in range(0, n, shard)]
-    for k, file in enumerate(tqdm(files, desc="embed", unit="file", disable=not progress)):
-        if not file.exists():
-            _embed_rows(clip, data, range(k * shard, min((k + 1) * shard, n)), batch_size, file)
-    captions = [c for file in files for c in _captions_of(file)]
-    with writing(out):
-        write_text(out / "captions.jsonl",
-                   "".join(json.dumps({"caption": c}) + "\n" for c in captions))
-        meta |= {"data": identity, "captions": digest(captions)}
-        write_text(out / "meta.json", json.dumps(meta))              # last: now it is finished
-    return out
 
 # %% ../nbs/05_clip.ipynb #181fe1b4
 @patch_to(CLIP, cls_method=True)
