@@ -33,7 +33,8 @@ def moments(
 
 # %% ../nbs/06_pca.ipynb #65a6bd3e
 class PCA(ExactBuffers):
-    "Directions of greatest variance, the greatest first: `fit` finds them. The state is float32 buffers, saved with any model that holds it."
+    """Directions of greatest variance, the greatest first: `fit` finds them. The state is float32
+    buffers, saved with any model that holds it."""
     def __init__(self,
         dim:int|None=None, # length of an embedding; needed only where weights are to be loaded, `fit` sees it
     ):
@@ -43,10 +44,11 @@ class PCA(ExactBuffers):
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float32))
 
     @property
-    def fitted(self) -> bool: return bool(self.components.any())      # zeros as built; `fit` or loaded weights fill them
+    def fitted(self) -> bool: return bool(self.components.any())  # zeros as built; `fit` or loaded weights fill them
 
     def check(self, k:int, d:int):
-        "Raise `UnclipError` before `fit`, for embeddings of another length, and for more components than there are."
+        """Raise `UnclipError` before `fit`, for embeddings of another length, and for more
+        components than there are."""
         if not self.fitted:
             raise UnclipError("this PCA knows no directions yet: call fit first, or load weights")
         if d != len(self.mean):
@@ -63,7 +65,8 @@ def fit_batches(
     batches:Iterable[Float[Tensor, "_ d"]], # one after the other; none is kept
     k:int|None=None,                        # components that will be used; all d by default
 ) -> PCA:
-    "`fit` from a stream. Raises `UnclipError` for fewer embeddings than components, k above d, another length, or a number that isn't finite."
+    """`fit` from a stream. Raises `UnclipError` for fewer embeddings than components, k above d,
+    another length, or a number that isn't finite."""
     n, mean, cov = moments(batches)
     d = len(mean) or len(self.mean)
     k = d if k is None else number("the number of components", k, low=0, whole=True)
@@ -73,13 +76,14 @@ def fit_batches(
         raise UnclipError(f"{k} components of embeddings of length {d}: ask for at most {d}")
     if n < max(k, 1):
         raise UnclipError(
-            f"{n} embeddings are too few for {k} components: give at least {max(k, 1)}, or ask for fewer components"
+            f"{n} embeddings are too few for {k} components: give at least {max(k, 1)}, or ask "
+            "for fewer components"
         )
     if not cov.isfinite().all():
         raise UnclipError("the embeddings hold NaN or infinity: leave those rows out")
     variances, directions = torch.linalg.eigh(cov)                                           # eq. 1
     rows = directions.T.flip(0)
-    large = rows.abs() > (1 - 1e-6) * rows.abs().amax(1, keepdim=True)                       # ties: the first of the largest entries
+    large = rows.abs() > (1 - 1e-6) * rows.abs().amax(1, keepdim=True)  # ties: the first of the largest entries
     rows = rows * rows.gather(1, large.int().argmax(1, keepdim=True)).sign()
     self.mean, self.components, self.variances = (x.to(self.mean).contiguous()
                                                   for x in (mean, rows,
@@ -92,7 +96,8 @@ def fit(
     z:Float[Tensor, "n d"], # embeddings
     k:int|None=None,        # components that will be used; all d by default
 ) -> PCA:
-    "The eigenvectors of the covariance of `z`, computed in float64. Raises `UnclipError` as `fit_batches` does."
+    """The eigenvectors of the covariance of `z`, computed in float64. Raises `UnclipError` as
+    `fit_batches` does."""
     return self.fit_batches([z], k)
 
 # %% ../nbs/06_pca.ipynb #76a15951
@@ -102,7 +107,8 @@ def transform(
     z:Float[Tensor, "b d"], # embeddings
     k:int|None=None,        # leading components wanted; all by default
 ) -> Float[Tensor, "b k"]:
-    "How far each embedding lies from the mean along the first k directions. Raises `UnclipError` before `fit`, for k above d and another length."
+    """How far each embedding lies from the mean along the first k directions. Raises `UnclipError`
+    before `fit`, for k above d and another length."""
     if not isinstance(z, Tensor) or z.ndim < 1:
         raise UnclipError("embeddings must be a tensor (b, d)")
     self.check(len(self.mean) if k is None else k, z.shape[-1])
@@ -114,7 +120,8 @@ def inverse(
     self:PCA,
     y:Float[Tensor, "b k"], # what `transform` returned
 ) -> Float[Tensor, "b d"]:
-    "Back to an embedding, the directions that `y` lacks at their mean. Not normalised. Raises `UnclipError` before `fit` and for k above d."
+    """Back to an embedding, the directions that `y` lacks at their mean. Not normalised. Raises
+    `UnclipError` before `fit` and for k above d."""
     self.check(y.shape[-1], len(self.mean))
     with torch.autocast(y.device.type, enabled=False):
         return self.mean + y.to(self.mean) @ self.components[:y.shape[-1]]  # eq. 4
@@ -125,7 +132,8 @@ def truncate(
     z:Float[Tensor, "b d"], # embeddings
     k:int,                  # components to keep
 ) -> Float[Tensor, "b d"]:
-    "What is left of `z` in its first k components: eq. 3, then eq. 4 (paper 2.2 and figure 7). Not normalised."
+    """What is left of `z` in its first k components: eq. 3, then eq.
+    4 (paper 2.2 and figure 7). Not normalised."""
     return self.inverse(self.transform(z, k))
 
 # %% ../nbs/06_pca.ipynb #be39d77a
@@ -134,7 +142,8 @@ def components_for(
     self:PCA,
     share:float=0.99, # of the variance
 ) -> int:
-    "The smallest number of components that hold this share of the variance. Raises `UnclipError` before `fit`."
+    """The smallest number of components that hold this share of the variance. Raises `UnclipError`
+    before `fit`."""
     self.check(0, len(self.mean))
     share = number("share", share, low=0, high=1)
     held = self.variances.double().cumsum(0) / self.variances.double().sum()
@@ -146,7 +155,8 @@ def bucket_edges(
     buckets:int,             # wanted
     kind:str="uniform",      # uniform: equally wide; quantile: equally full
 ) -> Float[Tensor, "k {buckets}+1"]:
-    "The borders of each column's buckets, from its smallest value to its largest. Raises `UnclipError` for an unknown kind."
+    """The borders of each column's buckets, from its smallest value to its largest. Raises
+    `UnclipError` for an unknown kind."""
     choice("kind of buckets", kind, ("uniform", "quantile"))
     y, at = y.double().sort(0).values.T.contiguous(), torch.linspace(0,
                                                                      1,
@@ -155,7 +165,7 @@ def bucket_edges(
                                                                      device=y.device)
     if kind == "uniform":
         return y[:, :1].lerp(y[:, -1:], at).float()
-    at = at * (y.shape[1] - 1)                                        # a place in the sorted values, between two of them
+    at = at * (y.shape[1] - 1)  # a place in the sorted values, between two of them
     low = at.long()
     return y[:, low].lerp(y[:, at.ceil().long()], at - low).float()
 
@@ -164,7 +174,8 @@ def to_codes(
     y:Float[Tensor, "b k"],             # values
     edges:Float[Tensor, "k m"],         # of each column's m - 1 buckets, ascending
 ) -> Int[Tensor, "b k"]:
-    "The bucket that each value falls into, 0 to buckets - 1. Values beyond the ends belong to the end buckets."
+    """The bucket that each value falls into, 0 to buckets - 1. Values beyond the ends belong to the
+    end buckets."""
     return torch.searchsorted(edges[:, 1:-1].contiguous(), y.T.contiguous(),
                               right=True).T.contiguous()
 
@@ -187,12 +198,13 @@ def bucket_centres(
 
 # %% ../nbs/06_pca.ipynb #67a4bbea
 class PCAQuantizer(ExactBuffers):
-    "An embedding as k whole numbers: its first k principal components, each in one of `buckets` buckets (paper 2.2)."
+    """An embedding as k whole numbers: its first k principal components, each in one of `buckets`
+    buckets (paper 2.2)."""
     def __init__(self,
         k:int,                # components kept; the paper's 319 of 1024
         buckets:int,          # of each component; the paper's 1024
-        kind:str="uniform",   # edges: uniform (equally wide, midpoints) or quantile (equally full, means)
-        dim:int|None=None,    # length of an embedding; needed only where weights are to be loaded, `fit` sees it
+        kind:str="uniform",  # edges: uniform (equally wide, midpoints) or quantile (equally full, means)
+        dim:int|None=None,  # length of an embedding; needed only where weights are to be loaded, `fit` sees it
     ):
         super().__init__()
         choice("kind of buckets", kind, ("uniform", "quantile"))
@@ -212,7 +224,8 @@ def fit(
     self:PCAQuantizer,
     z:Float[Tensor, "n d"]|Iterable[Float[Tensor, "_ d"]], # embeddings, or batches of them that can be gone through twice
 ) -> PCAQuantizer:
-    "PCA, then the buckets of each component. Raises `UnclipError` for fewer embeddings than components, and for k above d."
+    """PCA, then the buckets of each component. Raises `UnclipError` for fewer embeddings than
+    components, and for k above d."""
     batches = [z] if torch.is_tensor(z) else z
     self.pca.fit_batches(batches, self.k)
     y = [self.pca.transform(b.to(self.edges.device), self.k) for b in batches if len(b)]
@@ -230,7 +243,8 @@ def encode(
     self:PCAQuantizer,
     z:Float[Tensor, "b d"], # embeddings
 ) -> Int[Tensor, "b k"]:
-    "The codes, 0 to buckets - 1, most important component first. Raises `UnclipError` before `fit` and for another length."
+    """The codes, 0 to buckets - 1, most important component first. Raises `UnclipError` before `fit`
+    and for another length."""
     return to_codes(self.pca.transform(z, self.k), self.edges)
 
 @patch
@@ -238,13 +252,16 @@ def decode(
     self:PCAQuantizer,
     codes:Int[Tensor, "b k"], # 0 to buckets - 1
 ) -> Float[Tensor, "b d"]:
-    "The embedding that these codes stand for. **Not** of unit norm: normalise it. Raises `UnclipError` for codes that don't exist."
+    """The embedding that these codes stand for. **Not** of unit norm: normalise it. Raises
+    `UnclipError` for codes that don't exist."""
     if codes.shape[-1] != self.k:
         raise UnclipError(
-            f"{codes.shape[-1]} codes an embedding for a quantiser of {self.k} components: give {self.k}"
+            f"{codes.shape[-1]} codes an embedding for a quantiser of {self.k} components: give "
+            f"{self.k}"
         )
     if codes.numel() and not 0 <= codes.min() <= codes.max() < self.buckets:
         raise UnclipError(
-            f"codes from {int(codes.min())} to {int(codes.max())} in a quantiser of {self.buckets} buckets: give 0 to {self.buckets - 1}"
+            f"codes from {int(codes.min())} to {int(codes.max())} in a quantiser of "
+            f"{self.buckets} buckets: give 0 to {self.buckets - 1}"
         )
     return self.pca.inverse(self.centres.T.gather(0, codes))
