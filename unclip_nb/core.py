@@ -225,7 +225,7 @@ MAX_PIXELS = 64_000_000    # of one picture, as it is decoded
 
 def open_picture(
     source:bytes|str|Path, # a file, or what is in it
-    size:int|None=None,  # the side that is needed, in pixels: a large JPEG is decoded at an eighth to the whole of its size
+    size:int|None=None,  # the side that is needed, in pixels: a large JPEG is then decoded small
 ) -> Image.Image:
     """The picture of a file as RGB, read as `as_rgb` does. Raises `UnclipError` with the reason,
     without the file's name, and nothing else."""
@@ -290,12 +290,36 @@ def _array_to_tensor(x:np.ndarray, name:str) -> Tensor:
         raise UnclipError(
             f"{name}: an array of {x.dtype} is no picture: give uint8 or float32") from None
 
+def _checked(images:Tensor, name:str) -> Float[Tensor, "b 3 h w"]:
+    "A tensor as pictures in [-1, 1], or the error that says why it is none."
+    x = images[None] if images.ndim == 3 else images
+    if x.ndim != 4 or x.shape[1] not in (1, 3, 4) or not x.numel():
+        raise UnclipError(
+            f"{name} must be (b, 3, height, width) or (3, height, width), not {tuple(images.shape)}"
+        )
+    if x.dtype == torch.uint8:
+        x = x.float() / 127.5 - 1                       # eq. 1
+    elif not x.is_floating_point():
+        raise UnclipError(f"{name} are {x.dtype}: give uint8, or floats in [-1, 1]")
+    x = x.float()
+    if not (x.is_meta or x.abs().amax() <= 1.5):  # also where there is a NaN
+        if not x.isfinite().all():
+            raise UnclipError(f"{name} hold NaN or infinity: give floats in [-1, 1]")
+        raise UnclipError(
+            f"{name} are floats from {x.min():g} to {x.max():g}: give uint8, or floats in [-1, 1]")
+    if x.shape[1] == 4:
+        alpha = (x[:, 3:] + 1) / 2
+        return x[:, :3] * alpha + (1 - alpha)                                  # white is 1
+    return x if x.shape[1] == 3 else x.expand(-1, 3, -1, -1)
+
+# %% ../nbs/00_core.ipynb #c00d1a01
 def as_images(
-    images,  # (b, c, h, w) or (c, h, w), c 1, 3 or 4: uint8, or floats in [-1, 1]; a numpy array (colours last or first),
-                        # a PIL image, a path, or a list of these of one size
+    images,             # what the docstring lists
     name:str="images",  # what the user calls them, for messages
 ) -> Float[Tensor, "b 3 h w"]:
-    """Pictures in [-1, 1], float32. Bytes are converted by eq. 1, grey is repeated, transparency is laid on white.
+    """Pictures in [-1, 1], float32, from a tensor or numpy array, a PIL image, a path, or a list of these.
+    Arrays are (b, c, h, w) or (c, h, w) with c 1, 3 or 4 (numpy: colours last or first), uint8 or
+    floats in [-1, 1]. Bytes are converted by eq. 1, grey is repeated, transparency is laid on white.
     Raises `UnclipError` for what is no picture, for NaN, and for floats far outside [-1, 1]."""
     if isinstance(images, np.ndarray):
         images = _array_to_tensor(images, name)
@@ -317,25 +341,7 @@ def as_images(
             f"{name}: a {type(images).__name__} is no picture: give a tensor, an array, a PIL "
             "image or a path"
         )
-    x = images[None] if images.ndim == 3 else images
-    if x.ndim != 4 or x.shape[1] not in (1, 3, 4) or not x.numel():
-        raise UnclipError(
-            f"{name} must be (b, 3, height, width) or (3, height, width), not {tuple(images.shape)}"
-        )
-    if x.dtype == torch.uint8:
-        x = x.float() / 127.5 - 1                       # eq. 1
-    elif not x.is_floating_point():
-        raise UnclipError(f"{name} are {x.dtype}: give uint8, or floats in [-1, 1]")
-    x = x.float()
-    if not (x.is_meta or x.abs().amax() <= 1.5):  # also where there is a NaN
-        if not x.isfinite().all():
-            raise UnclipError(f"{name} hold NaN or infinity: give floats in [-1, 1]")
-        raise UnclipError(
-            f"{name} are floats from {x.min():g} to {x.max():g}: give uint8, or floats in [-1, 1]")
-    if x.shape[1] == 4:
-        alpha = (x[:, 3:] + 1) / 2
-        return x[:, :3] * alpha + (1 - alpha)                                  # white is 1
-    return x if x.shape[1] == 3 else x.expand(-1, 3, -1, -1)
+    return _checked(images, name)
 
 def as_picture(
     image, # one of what `as_images` takes
