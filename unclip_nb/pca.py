@@ -238,6 +238,7 @@ def fit(
     self.edges, self.centres = edges, bucket_centres(y, edges, self.kind)
     return self
 
+# %% ../nbs/06_pca.ipynb #c06d1a02
 @patch
 def encode(
     self:PCAQuantizer,
