@@ -4,7 +4,7 @@ import multiprocessing as mp
 from dataclasses import replace
 import pytest, torch
 import torch.nn.functional as F
-from unclip_nb.clip import (CLIP, CLIPConfig, ConvTower, build_towers, clip_loss,
+from unclip_nb.clip import (CLIP, CLIPConfig, ConvTower, ViT, build_towers, clip_loss,
                             gather_rows, load_clip, retrieval_at_k, similarity_sheet, zero_shot)
 from unclip_nb.core import UnclipError, resize
 from unclip_nb.data import Batches, Captioned, ShapesData, Tokenizer, import_open_clip
@@ -507,3 +507,58 @@ def test_embed_refuses_more_rows_than_there_are(clip, tmp_path, n):
     with pytest.raises(UnclipError, match="^n is .*at most 10000$"):
         embed(clip, ShapesData("valid"), tmp_path / "e", n=n, progress=False)
     assert not (tmp_path / "e").exists()
+
+# our ViT under open_clip's names
+
+VIT = replace(SMALL, vision="vit", vision_width=32, vision_layers=2, vision_heads=4, patch_size=8)
+
+def their_vit():
+    "What `vision='vit'` built before this package had a ViT of its own."
+    text = dict(context_length=24, vocab_size=512, width=32, heads=2, layers=1)
+    vision = dict(image_size=32, patch_size=8, width=32, layers=2, head_width=8)
+    torch.manual_seed(3)
+    return import_open_clip().CLIP(24, vision, text).eval()
+
+def test_vit_equals_open_clip_and_has_its_names():
+    old, new = their_vit(), build_towers(VIT).eval()
+    assert type(new.visual) is ViT
+    assert new.state_dict().keys() == old.state_dict().keys()
+    new.load_state_dict(old.state_dict())
+    x = DATA.batch(range(3))["image"]
+    assert torch.allclose(new.encode_image(x), old.encode_image(x), atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(new.state_dict().values(),
+                                                 [old.state_dict()[k] for k in new.state_dict()]))
+
+def test_a_checkpoint_of_the_former_vit_loads_with_its_fingerprint(tokenizer, tmp_path):
+    config = replace(VIT, vocab_size=tokenizer.vocab_size, context_length=tokenizer.context_length)
+    text = dict(context_length=config.context_length, vocab_size=config.vocab_size, width=32, heads=2,
+                layers=1)
+    vision = dict(image_size=32, patch_size=8, width=32, layers=2, head_width=8)
+    former = CLIP(config, tokenizer, model=import_open_clip().CLIP(24, vision, text))
+    former.save_pretrained(tmp_path / "clip", dtype=torch.float16)
+    again = CLIP.from_pretrained(tmp_path / "clip")
+    assert type(again.model.visual) is ViT and again.fingerprint == former.fingerprint
+    again.save_pretrained(tmp_path / "again", dtype=torch.float16)
+    weights = [(tmp_path / f / "model.safetensors").read_bytes() for f in ("clip", "again")]
+    assert weights[0] == weights[1]
+
+def test_vit_trains_and_resumes_under_one_set_of_names(tokenizer, tmp_path):
+    from unclip_nb.train import TrainConfig, fit
+    rows = Batches(DATA, 8, tokenizer)
+    how = TrainConfig(steps=2, batch_size=8, save_every=1, log_every=1, schedule="constant")
+    torch.manual_seed(0)
+    clip = CLIP(VIT, tokenizer)
+    names = [k for k, _ in clip.named_parameters()]
+    assert set(names) <= clip.state_dict().keys() and any(".resblocks.1.attn.in_proj" in k for k in names)
+    whole = fit(clip, rows, how, tmp_path / "whole", device="cpu", progress=False)
+    torch.manual_seed(0)
+    fit(CLIP(VIT, tokenizer), rows, replace(how, steps=1), tmp_path / "half", device="cpu", progress=False)
+    resumed = fit(CLIP(VIT, tokenizer), rows, how, tmp_path / "half", device="cpu", progress=False,
+                  resume=True)
+    assert resumed.fingerprint == whole.fingerprint
+
+@pytest.mark.parametrize("change,says", [(dict(vision_heads=5), "5 heads don't divide"),
+                                         (dict(patch_size=64), "don't fit a picture")])
+def test_a_vit_that_cannot_be(change, says):
+    with pytest.raises(UnclipError, match=says):
+        build_towers(replace(VIT, **change))

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
+from fastcore.basics import patch, patch_to
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from .core import Generators, UnclipError, check_generators, number
@@ -21,7 +21,8 @@ from .train import Stage, check_config
 # %% ../nbs/07_ar_prior.ipynb #2568449e
 @dataclass
 class ARPriorConfig:
-    "Every size of the autoregressive prior. The CLIP fields must agree with the CLIP whose embeddings it draws."
+    """Every size of the autoregressive prior. The CLIP fields must agree with the CLIP whose
+    embeddings it draws."""
     clip_dim:int=96            # d, the length of z_i and z_t
     text_width:int=128         # of CLIP's token outputs
     context_length:int=24      # tokens a caption
@@ -33,11 +34,11 @@ class ARPriorConfig:
     layers:int=4               # its blocks
     heads:int=3                # attention heads of each
     own_codes:bool=True        # a table of code vectors for each component; False: one table for all
-    caption_tokens:int=0       # a text encoder condenses the caption to this many tokens; 0: CLIP's tokens go straight in
+    caption_tokens:int=0  # a text encoder condenses captions to so many tokens; 0: as they are
     encoder_width:int=0        # of that encoder
     encoder_layers:int=0       # its blocks
     encoder_heads:int=0        # attention heads of each
-    drop:float=0.1             # share of training captions that are hidden, together with z_t and the dot product
+    drop:float=0.1             # share of captions hidden, together with z_t and the dot product
     clip_fingerprint:str=""    # of the CLIP it was trained with
 
     def __post_init__(self):
@@ -51,48 +52,64 @@ class ARPriorConfig:
                      encoder_heads=may_be_0,
                      drop=dict(high=1))
 
-    @classmethod
-    def nano(cls, **kw):
-        return cls(**dict(clip_dim=64,
-                          text_width=64,
-                          k=24,
-                          buckets=16,
-                          dot_buckets=16,
-                          width=64,
-                          layers=2,
-                          heads=2) | kw)
-    @classmethod
-    def tiny(cls, **kw): return cls(**kw)
-    @classmethod
-    def small(cls, **kw):
-        return cls(**dict(clip_dim=768,
-                          text_width=768,
-                          context_length=77,
-                          k=256,
-                          buckets=256,
-                          dot_buckets=64,
-                          width=512,
-                          layers=12,
-                          heads=8) | kw)
-    @classmethod
-    def paper(cls, **kw):
-        "Table 3's column 'AR prior', and section 2.2's 319 components in 1,024 buckets."
-        return cls(**dict(clip_dim=1024,
-                          text_width=1024,
-                          context_length=256,
-                          k=319,
-                          buckets=1024,
-                          dot_buckets=1024,
-                          width=1664,
-                          layers=24,
-                          heads=26,
-                          own_codes=False,
-                          caption_tokens=63,
-                          encoder_width=2048,
-                          encoder_layers=24,
-                          encoder_heads=32) | kw)
     @property
-    def length(self) -> int: return (self.caption_tokens or self.context_length) + 2 + self.k    # tokens in all: caption, z_t, dot product, codes
+    def length(self) -> int:  # tokens in all: caption, z_t, dot product, codes
+        return (self.caption_tokens or self.context_length) + 2 + self.k
+
+# %% ../nbs/07_ar_prior.ipynb #c07d1a02
+@patch_to(ARPriorConfig, cls_method=True)
+def nano(cls, **changes) -> ARPriorConfig:
+    sizes = dict(
+        clip_dim=64,
+        text_width=64,
+        k=24,
+        buckets=16,
+        dot_buckets=16,
+        width=64,
+        layers=2,
+        heads=2,
+    )
+    return cls(**sizes | changes)
+
+@patch_to(ARPriorConfig, cls_method=True)
+def tiny(cls, **changes) -> ARPriorConfig: return cls(**changes)
+
+# %% ../nbs/07_ar_prior.ipynb #c07d1a03
+@patch_to(ARPriorConfig, cls_method=True)
+def small(cls, **changes) -> ARPriorConfig:
+    sizes = dict(
+        clip_dim=768,
+        text_width=768,
+        context_length=77,
+        k=256,
+        buckets=256,
+        dot_buckets=64,
+        width=512,
+        layers=12,
+        heads=8,
+    )
+    return cls(**sizes | changes)
+
+@patch_to(ARPriorConfig, cls_method=True)
+def paper(cls, **changes) -> ARPriorConfig:
+    "Table 3's column 'AR prior', and section 2.2's 319 components in 1,024 buckets."
+    sizes = dict(
+        clip_dim=1024,
+        text_width=1024,
+        context_length=256,
+        k=319,
+        buckets=1024,
+        dot_buckets=1024,
+        width=1664,
+        layers=24,
+        heads=26,
+        own_codes=False,
+        caption_tokens=63,
+        encoder_width=2048,
+        encoder_layers=24,
+        encoder_heads=32,
+    )
+    return cls(**sizes | changes)
 
 # %% ../nbs/07_ar_prior.ipynb #c41ad001
 @patch(as_prop=True)
@@ -102,7 +119,8 @@ def draw(self:ARPriorConfig) -> dict:
 
 # %% ../nbs/07_ar_prior.ipynb #93e821df
 class Condenser(nn.Module):
-    "A long caption as a few tokens: a Transformer reads it with learned queries behind it, and what it says at the queries is kept."
+    """A long caption as a few tokens: a Transformer reads it with learned queries behind it, and
+    what it says at the queries is kept."""
     def __init__(self, length:int, tokens:int, width:int, layers:int, heads:int):
         super().__init__()
         self.positions, self.queries = (nn.Parameter(torch.randn(n, width) * 0.02)
@@ -115,60 +133,77 @@ class Condenser(nn.Module):
 
 # %% ../nbs/07_ar_prior.ipynb #6b41d16f
 class ARPriorNet(nn.Module):
-    "Causal Transformer over [caption, z_t, dot product, code 1, code 2, ...]; its outputs are logits of the next code (paper 2.2)."
+    """Causal Transformer over [caption, z_t, dot product, code 1, code 2, ...]; its outputs are logits
+    of the next code (paper 2.2)."""
     def __init__(self, config:ARPriorConfig):
         super().__init__()
-        c, learned = config, lambda *shape: nn.Parameter(torch.randn(shape) * 0.02)
-        self.buckets, self.own, width = c.buckets, c.own_codes, c.encoder_width if c.caption_tokens else c.width
+        c = config
+        def learned(*shape): return nn.Parameter(torch.randn(shape) * 0.02)
+        width = c.encoder_width if c.caption_tokens else c.width
+        tables = c.k if c.own_codes else 1
+        self.k, self.buckets, self.own = c.k, c.buckets, c.own_codes
         self.text_in, self.zt_in = nn.Linear(c.text_width, width), nn.Linear(c.clip_dim, c.width)
-        self.dot_in = nn.Embedding(c.dot_buckets + 1, c.width)                          # the last row: a hidden dot product
-        self.padding, self.no_zt, self.positions = learned(width), learned(c.width), learned(
-            c.length, c.width)
-        self.condense = nn.Identity() if not c.caption_tokens else nn.Sequential(
-            Condenser(c.context_length, c.caption_tokens, width, c.encoder_layers, c.encoder_heads),
-            nn.Linear(width, c.width))
-        self.codes = nn.Embedding(c.buckets * (c.k if c.own_codes else 1), c.width)     # row p * buckets + j: code j of component p
+        self.dot_in = nn.Embedding(c.dot_buckets + 1, c.width)  # the last row: a hidden dot product
+        self.padding, self.no_zt = learned(width), learned(c.width)
+        self.positions = learned(c.length, c.width)
+        self.condense = nn.Identity()
+        if c.caption_tokens:
+            encoder = Condenser(c.context_length, c.caption_tokens, width, c.encoder_layers,
+                                c.encoder_heads)
+            self.condense = nn.Sequential(encoder, nn.Linear(width, c.width))
+        self.codes = nn.Embedding(c.buckets * tables, c.width)  # row p * buckets + j: code j of component p
         self.bias = nn.Parameter(torch.zeros(c.k, c.buckets))
         self.transformer = Transformer(c.width, c.layers, c.heads)
         nn.init.normal_(self.dot_in.weight, std=0.02)
-        waves = torch.outer(torch.arange(c.buckets) + 0.5,
-                            torch.arange(4) * math.pi / c.buckets).cos()
-        ways = torch.randn(len(self.codes.weight) // c.buckets, 4, c.width) * 0.02
-        self.codes.weight.data = (waves @ ways).flatten(0, 1)                           # neighbouring buckets start alike
+        steps = (torch.arange(c.buckets) + 0.5) * math.pi / c.buckets
+        waves = torch.outer(steps, torch.arange(4.)).cos()
+        ways = torch.randn(tables, 4, c.width) * 0.02
+        self.codes.weight.data = (waves @ ways).flatten(0, 1)        # neighbouring buckets start alike
 
-    def prefix(self, text: Float[Tensor, "b n w"], zt: Float[Tensor, "b d"],
-               dot: Int[Tensor, "b"]) -> Float[Tensor, "b m width"]:
-        "What is known before the first code. A row of zeros, in `text` or `zt`, becomes a learned vector."
-        text = self.condense(
-            torch.where(text.any(-1, keepdim=True), self.text_in(text), self.padding))
-        zt = torch.where(zt.any(-1, keepdim=True), self.zt_in(zt), self.no_zt)
-        x = torch.cat([text, zt[:, None], self.dot_in(dot)[:, None]], 1)
-        return x + self.positions[:x.shape[1]]
+# %% ../nbs/07_ar_prior.ipynb #c07d1a04
+@patch
+def prefix(self:ARPriorNet, text:Float[Tensor, "b n w"], zt:Float[Tensor, "b d"],
+           dot:Int[Tensor, "b"]) -> Float[Tensor, "b m width"]:
+    "What is known before the first code. A row of zeros, in `text` or `zt`, becomes a learned vector."
+    text = torch.where(text.any(-1, keepdim=True), self.text_in(text), self.padding)
+    zt = torch.where(zt.any(-1, keepdim=True), self.zt_in(zt), self.no_zt)
+    x = torch.cat([self.condense(text), zt[:, None], self.dot_in(dot)[:, None]], 1)
+    return x + self.positions[:x.shape[1]]
 
-    def embed(self, codes:Int[Tensor, "b m"], first:int=0) -> Float[Tensor, "b m width"]:
-        "Codes of the components `first`, `first` + 1, ... as tokens."
-        p = torch.arange(first, first + codes.shape[1], device=codes.device)
-        return self.codes(codes + p * self.buckets * self.own) + self.positions[p - len(self.bias)]    # the last k positions
+@patch
+def embed(self:ARPriorNet, codes:Int[Tensor, "b m"], first:int=0) -> Float[Tensor, "b m width"]:
+    "Codes of the components `first`, `first` + 1, ... as tokens."
+    component = torch.arange(first, first + codes.shape[1], device=codes.device)
+    row = codes + component * self.buckets if self.own else codes
+    before = len(self.positions) - self.k                            # tokens of the prefix
+    return self.codes(row) + self.positions[before + component]
 
-    def logits(self, h:Float[Tensor, "b m width"], first:int=0) -> Float[Tensor, "b m buckets"]:
-        "What the Transformer's outputs say of the components `first`, `first` + 1, ...: each is compared with that component's own rows."
-        at = slice(first, first + h.shape[1])
-        if not self.own:
-            return h @ self.codes.weight.T + self.bias[at]
-        return torch.einsum("bmw,mjw->bmj", h,
-                            self.codes.weight.view(*self.bias.shape, -1)[at]) + self.bias[at]
+@patch
+def logits(self:ARPriorNet, h:Float[Tensor, "b m width"], first:int=0) -> Float[Tensor, "b m buckets"]:
+    """What the Transformer's outputs say of the components `first`, `first` + 1, ...: each output is
+    compared with that component's own rows."""
+    these = slice(first, first + h.shape[1])
+    if not self.own:
+        return h @ self.codes.weight.T + self.bias[these]
+    rows = self.codes.weight.view(self.k, self.buckets, -1)[these]
+    return torch.einsum("bmw,mjw->bmj", h, rows) + self.bias[these]
 
-    def forward(self, text, zt, dot, codes:Int[Tensor, "b k"]) -> Float[Tensor, "b k buckets"]:
-        x = torch.cat([self.prefix(text, zt, dot), self.embed(codes[:, :-1])], 1)       # nothing follows the last code
-        return self.logits(self.transformer(x)[:, -codes.shape[1]:])
+@patch
+def forward(self:ARPriorNet, text, zt, dot, codes:Int[Tensor, "b k"]) -> Float[Tensor, "b k buckets"]:
+    "Logits of every code, given the true codes before it: all positions at once, for training."
+    known = self.embed(codes[:, :-1])                                # nothing follows the last code
+    x = torch.cat([self.prefix(text, zt, dot), known], 1)
+    return self.logits(self.transformer(x)[:, -self.k:])
 
 # %% ../nbs/07_ar_prior.ipynb #547a8122
 class ARPrior(Stage):
-    "P(z_i | y): a Transformer writes the codes of a CLIP image embedding one by one, given a caption (paper 2.2)."
+    """P(z_i | y): a Transformer writes the codes of a CLIP image embedding one by one, given a
+    caption (paper 2.2)."""
     name = "ar_prior"
     def __init__(self, config:ARPriorConfig):
         super().__init__(config)
-        c, self.scale = config, math.sqrt(config.clip_dim)            # times this, a number in a unit-norm z_t is about 1
+        c = config
+        self.scale = math.sqrt(c.clip_dim)               # times this, a number of z_t is about 1
         self.quantizer = PCAQuantizer(c.k, c.buckets, c.kind, dim=c.clip_dim)
         self.register_buffer("dot_edges", torch.zeros(c.dot_buckets - 1, dtype=torch.float32))
         self.net = ARPriorNet(c)
@@ -177,11 +212,13 @@ class ARPrior(Stage):
 @patch
 @torch.no_grad()
 def measure(self:ARPrior, zi:Float[Tensor, "n d"], zt:Float[Tensor, "n d"]):
-    "Fit the quantiser and the distribution of z_i . z_t. Raises `UnclipError` for fewer different embeddings than components or buckets."
+    """Fit the quantiser and the distribution of z_i . z_t. Raises `UnclipError` for fewer different
+    embeddings than components or buckets."""
     c, n = self.config, len(zi.round(decimals=4).unique(dim=0))
     if n < max(c.k, c.buckets):
         raise UnclipError(
-            f"{n} different embeddings are too few for {c.k} components in {c.buckets} buckets: train on more pictures, or lower k and buckets"
+            f"{n} different embeddings are too few for {c.k} components in {c.buckets} buckets: "
+            "train on more pictures, or lower k and buckets"
         )
     self.quantizer.fit(zi)
     at = torch.linspace(0, 1, c.dot_buckets + 1, device=zi.device)[1:-1]
@@ -208,7 +245,8 @@ def hide_conditions(
     hide:Bool[Tensor, "b"],      # which rows lose all three
     null:int,                    # what stands for a hidden dot product
 ) -> tuple[Float[Tensor, "b n w"], Float[Tensor, "b d"], Int[Tensor, "b"]]:
-    "Hide caption, z_t and dot product of some rows, always together (paper 2.2): zeros, zeros and `null`."
+    """Hide caption, z_t and dot product of some rows, always
+    together (paper 2.2): zeros, zeros and `null`."""
     keep = (~hide).to(zt)
     return text * keep[:, None, None], zt * keep[:, None], torch.where(hide, null, dot)
 
@@ -216,10 +254,11 @@ def hide_conditions(
 @patch
 def losses(
     self:ARPrior,
-    batch:dict,                        # `zi` (b, d) and `zt` (b, d) unit norm, `text` (b, n, w) zero after the end token
+    batch:dict,  # `zi` (b, d) and `zt` (b, d) unit norm, `text` (b, n, w) zero after the end token
     hide:Bool[Tensor, "b"]|None=None,  # rows that lose caption, z_t and dot product; none by default
 ) -> Float[Tensor, "k"]:
-    "Cross-entropy of each code given all before it, in nats. Raises `UnclipError` where the embeddings have other sizes."
+    """Cross-entropy of each code given all before it, in nats. Raises `UnclipError` where the
+    embeddings have other sizes."""
     text, zt, zi = (batch[name].to(self.device, torch.float32) for name in ("text", "zt", "zi"))
     self.check(text, zt)
     codes, dot = self.quantizer.encode(zi), self.dot_codes(zi, zt)
@@ -253,15 +292,16 @@ def writer(
     zt:Float[Tensor, "b d"],      # CLIP's text embeddings, unit norm
     dot:Int[Tensor, "b"],         # dot-product tokens
     guidance:float=1.0,           # 1 is unguided
-    cache:bool=True,              # keep keys and values of what has been written; the codes must then be asked for in order
+    cache:bool=True,              # keep keys and values; the codes must then be asked for in order
 ):
-    "A function: the codes so far (b, p) -> logits (b, buckets) of code p; conditions, guidance and cache inside. Raises `UnclipError` for other sizes."
+    """A function: the codes so far (b, p) -> logits (b, buckets) of code p; conditions, guidance and
+    cache inside. Raises `UnclipError` for other sizes."""
     self.check(text, zt)
     text, zt = text.to(self.net.bias), zt.to(self.net.bias)    # the network's precision
     net, b, rows = self.net, len(zt), torch.arange(len(zt), device=zt.device)
-    if guidance != 1:                                                # one empty caption serves every row
-        text, zt, dot = F.pad(text, (0, 0, 0, 0, 0, 1)), F.pad(zt, (0, 0, 0, 1)), F.pad(
-            dot, (0, 1), value=self.config.dot_buckets)
+    if guidance != 1:  # one empty caption serves every row
+        text, zt = F.pad(text, (0, 0, 0, 0, 0, 1)), F.pad(zt, (0, 0, 0, 1))
+        dot = F.pad(dot, (0, 1), value=self.config.dot_buckets)
         rows = torch.cat([rows, torch.full_like(rows, b)])
     prefix, caches = net.prefix(text, zt * self.scale, dot), net.transformer.make_cache()
     if cache:
@@ -284,20 +324,20 @@ def writer(
 def narrow(
     logits:Float[Tensor, "b n"],
     temperature:float=1.0,  # below 1: likely ones likelier still; 0: only the likeliest
-    top_p:float=1.0,        # the fewest outcomes that together have at least this probability; the others get none
+    top_p:float=1.0,        # the fewest outcomes with at least this probability; the others get none
 ) -> Float[Tensor, "b n"]:
-    "Probabilities to draw from. Raises `UnclipError` for a negative temperature or a top_p outside (0, 1]."
-    temperature, top_p = number("temperature", temperature, low=0, high=1000), number("top_p",
-                                                                                      top_p,
-                                                                                      above=0,
-                                                                                      high=1)
+    """Probabilities to draw from. Raises `UnclipError` for a
+    negative temperature or a top_p outside (0, 1]."""
+    temperature = number("temperature", temperature, low=0, high=1000)
+    top_p = number("top_p", top_p, above=0, high=1)
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits)
     probs = (logits / temperature).softmax(-1)
     if top_p == 1:
         return probs
     best, order = probs.sort(-1, descending=True)
-    best = best * (best.cumsum(-1) - best < top_p)                   # keep an outcome when the likelier ones have less than top_p
+    kept = best.cumsum(-1) - best < top_p                # the likelier ones have less than top_p
+    best = best * kept
     return (best / best.sum(-1, keepdim=True)).gather(-1, order.argsort(-1))
 
 def pick(
@@ -313,11 +353,12 @@ def uniforms(
     generator:Generators=None, # one for all, or a list with one for each row
     device=None,               # where they are wanted; they are always drawn on the CPU
 ) -> Float[Tensor, "b n"]:
-    "Uniform numbers in [0, 1), as `core.randn` draws normal ones. Raises `UnclipError` for a list of the wrong length."
+    """Uniform numbers in [0, 1), as `core.randn` draws normal ones. Raises `UnclipError` for a list
+    of the wrong length."""
     check_generators(generator, shape[0])
     if isinstance(generator, (list, tuple)):
-        return torch.stack(
-            [torch.rand(shape[1], generator=g, dtype=torch.float32) for g in generator]).to(device)
+        rows = [torch.rand(shape[1], generator=g, dtype=torch.float32) for g in generator]
+        return torch.stack(rows).to(device)
     return torch.rand(shape, generator=generator, dtype=torch.float32).to(device)
 
 # %% ../nbs/07_ar_prior.ipynb #09092a3c
@@ -330,26 +371,24 @@ def sample_codes(
     guidance:float=1.0,            # 1 is unguided
     temperature:float=1.0,         # of the codes; 0 takes the likeliest each time
     top_p:float=0.9,               # of the codes; 1 is the whole distribution
-    percentile:float=50.0,         # the dot product is drawn from above this percentile of training's; 0: from all of it
-    generator:Generators=None,     # a list gives each caption its own: its sample then doesn't depend on the others
+    percentile:float=50.0,         # the dot product is above this percentile of training's; 0: any
+    generator:Generators=None,     # a list gives each caption its own, whatever the others are
     cache:bool=True,               # False: compute every token anew for every code
     progress:bool|str=False,       # a bar on stderr?
 ) -> Int[Tensor, "b k"]:
-    "Write the codes of an image embedding for each caption (paper 2.2). Raises `UnclipError` for impossible settings."
+    """Write the codes of an image embedding for each caption (paper 2.2). Raises `UnclipError` for
+    impossible settings."""
     from tqdm import tqdm
-    percentile, guidance = number("percentile", percentile, low=0, high=100), number("guidance",
-                                                                                     guidance,
-                                                                                     low=-100,
-                                                                                     high=100)
+    percentile = number("percentile", percentile, low=0, high=100)
+    guidance = number("guidance", guidance, low=-100, high=100)
     narrow(torch.zeros(1, 2), temperature, top_p)              # refuse before the work, not after
     c, u = self.config, uniforms((len(zt), self.config.k + 1), generator, zt.device)
     share = percentile / 100 + (1 - percentile / 100) * u[:, 0]
-    write = self.writer(text, zt, (share * c.dot_buckets).long().clamp(max=c.dot_buckets - 1),
-                        guidance, cache)
+    dot = (share * c.dot_buckets).long().clamp(max=c.dot_buckets - 1)
+    write = self.writer(text, zt, dot, guidance, cache)
     codes = torch.empty(len(zt), 0, dtype=torch.long, device=zt.device)
-    for p in tqdm(range(c.k),
-                  desc=progress if isinstance(progress, str) else self.name,
-                  disable=not progress):
+    name = progress if isinstance(progress, str) else self.name
+    for p in tqdm(range(c.k), desc=name, disable=not progress):
         new = pick(narrow(write(codes), temperature, top_p), u[:, p + 1])
         codes = torch.cat([codes, new[:, None]], 1)
     return codes

@@ -39,7 +39,7 @@ def clip_loss(
     text_features:Float[Tensor, "b d"],  # unit norm; row k belongs to picture k
     logit_scale:Float[Tensor, ""]|float, # multiplies the cosines, already exponentiated
 ) -> Float[Tensor, ""]:
-    "Each picture picks its caption, each caption its picture: the mean of both cross-entropies (CLIP, figure 3)."
+    "Each picture picks its caption, each caption its picture: the mean of both losses (CLIP, figure 3)."
     with torch.autocast(image_features.device.type, enabled=False):
         logits = logit_scale * image_features.float() @ text_features.float().T              # eq. 1
         answers = torch.arange(len(logits), device=logits.device)
@@ -77,7 +77,7 @@ def local_clip_loss(
 
 # %% ../nbs/05_clip.ipynb #efef185e
 class ConvTower(nn.Module):
-    "A plain convolutional picture tower: 4x4 cells at the end, flattened (a cell's place is kept) and projected."
+    "A plain convolutional picture tower: 4x4 cells at the end, flattened (each keeps its place), projected."
     def __init__(self,
         embed_dim:int,     # length of the embedding
         image_size:int=32, # side of the picture in pixels: 4 times a power of two
@@ -242,7 +242,7 @@ def paper(cls) -> CLIPConfig:
 
 # %% ../nbs/05_clip.ipynb #99fdf778
 def build_towers(config:CLIPConfig) -> nn.Module:
-    "The `open_clip` model that `config` describes, with random weights. Raises `UnclipError` for an unknown one."
+    "The `open_clip` model of a config, with random weights. Raises `UnclipError` for an unknown one."
     oc, c = import_open_clip(), config
     if c.open_clip:
         arch = oc.get_model_config(c.open_clip) if c.open_clip in oc.list_models() else None
@@ -386,7 +386,7 @@ CLIP.across_rows = True                # the loss depends on how many rows are s
 @patch
 @torch.no_grad()
 def embed_batch(self:CLIP, batch:dict) -> dict:
-    "The batch with `zi`, `zt`, `text` and `tokens` added, without gradients: what a prior or a decoder trains on."
+    "The batch with `zi`, `zt`, `text` and `tokens` added, no gradients: what later stages train on."
     tokens = self.tokens_of(batch["tokens"] if "tokens" in batch else batch["caption"])
     zt, text = self.encode_text_tokens(tokens)
     zi = self.image_features(batch["image"])
@@ -512,7 +512,7 @@ def from_open_clip(cls,
     name:str,                  # an architecture of open_clip, such as ViT-L-14
     pretrained:str|None=None,  # a tag of its weights (fetched), or a file; the first tag by default
 ) -> CLIP:
-    "A pretrained CLIP. Raises `UnclipError` for an unknown name, tag or file, and for weights that don't fit."
+    "A pretrained CLIP. Raises `UnclipError` for an unknown name, tag or file, or weights that don't fit."
     oc = import_open_clip()
     if name not in oc.list_models():
         raise UnclipError(f"open_clip has no model {name!r}: choose one such as ViT-B-32, ViT-L-14 or "

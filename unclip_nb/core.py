@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 # %% ../nbs/00_core.ipynb #953665d4
 class UnclipError(Exception):
-    "A mistake the user can mend: one line that names the thing and the way out. The command exits with 2."
+    """A mistake the user can mend: one line that names the thing and
+    the way out. The command exits with 2."""
 
 # %% ../nbs/00_core.ipynb #5c1e90a2
 def number(
@@ -40,7 +41,8 @@ def number(
     below:int|float|None=None, # the value must be smaller than this
     whole:bool=False,      # only whole numbers
 ) -> int|float:
-    "`value`, if it is one finite number within its bounds. Raises `UnclipError` that names it and says what is allowed."
+    """`value`, if it is one finite number within its bounds. Raises `UnclipError` that names it and
+    says what is allowed."""
     kind = numbers.Integral if whole else numbers.Real
     bounds = (("at least", low), ("at most", high), ("greater than", above), ("smaller than",
                                                                               below))
@@ -101,7 +103,8 @@ def expand(
 def seed_for(
     *keys:int|str, # the name of what is drawn, such as ("noise", 7)
 ) -> int:          # a seed of 63 bits
-    "A seed that depends on every key and on nothing else: the same on every machine and in every process."
+    "A seed that depends on every key and on nothing else: the same on every machine and in "
+    "every process."
     text = "\x1f".join(f"{type(k).__name__}:{k}" for k in keys)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
@@ -127,7 +130,8 @@ def check_generators(
     ]
     if wrong:
         raise UnclipError(
-            f"a generator is a {type(wrong[0]).__name__}: give a torch.Generator, such as core.generator(seed)"
+            f"a generator is a {type(wrong[0]).__name__}: give a torch.Generator, such as "
+            "core.generator(seed)"
         )
     if several and len(generator) != rows:
         raise UnclipError(f"{len(generator)} generators for {rows} rows: give one per row")
@@ -137,7 +141,8 @@ def randn(
     generator:Generators=None, # one for all, or a list with one for each row; None is torch's global one
     device=None,               # where the noise is wanted; it is always drawn on the CPU
 ) -> Tensor:
-    "Standard normal noise in float32, the same on every device. Raises `UnclipError` for a list of the wrong length."
+    """Standard normal noise in float32, the same on every device. Raises `UnclipError` for a list of
+    the wrong length."""
     check_generators(generator, shape[0])
     if isinstance(generator, (list, tuple)):
         return torch.stack([
@@ -149,7 +154,8 @@ def randn(
 def pick_device(
     name:str|torch.device="auto", # auto, cpu, cuda, cuda:1, mps
 ) -> torch.device:
-    "The device of that name; 'auto' takes CUDA, then Apple's MPS, then the CPU. Raises `UnclipError` where it is absent."
+    """The device of that name; 'auto' takes CUDA, then Apple's MPS, then the CPU. Raises
+    `UnclipError` where it is absent."""
     if isinstance(name, torch.device):
         name = str(name)
     if not isinstance(name, str):
@@ -179,21 +185,23 @@ def to_pil(
     image:Float[Tensor, "3 h w"], # in [-1, 1]; what lies outside is clipped
 ) -> Image.Image:
     "A picture as a PIL image."
-    x = ((image.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)       # eq. 1, inverted
+    x = ((image.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)  # eq. 1, inverted
     return Image.fromarray(x.permute(1, 2, 0).contiguous().numpy())
 
 # %% ../nbs/00_core.ipynb #ad4ef4b0
 def as_rgb(
     image:Image.Image, # of any mode
 ) -> Image.Image:
-    "A PIL image as RGB bytes: upright, transparency on white. Raises `UnclipError` for floats whose scale cannot be told."
+    """A PIL image as RGB bytes: upright, transparency on white. Raises `UnclipError` for floats
+    whose scale cannot be told."""
     import numpy as np
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":                   # Pillow's own conversion saturates 16 bits of grey
         x = np.asarray(image, dtype="float32")
         if image.mode == "F" and not 0 <= x.min() <= x.max() <= 255:
             raise UnclipError(
-                f"a picture of floats from {x.min():g} to {x.max():g}: scale it to 0 to 1, or to 0 to 255"
+                f"a picture of floats from {x.min():g} to {x.max():g}: scale it to 0 to 1, or to "
+                "0 to 255"
             )
         if image.mode[0] == "I":
             x = x.clip(0, 65535) / 257
@@ -217,9 +225,10 @@ MAX_PIXELS = 64_000_000    # of one picture, as it is decoded
 
 def open_picture(
     source:bytes|str|Path, # a file, or what is in it
-    size:int|None=None,    # the side that is needed, in pixels: a large JPEG is decoded at an eighth to the whole of its size
+    size:int|None=None,  # the side that is needed, in pixels: a large JPEG is then decoded small
 ) -> Image.Image:
-    "The picture of a file as RGB, read as `as_rgb` does. Raises `UnclipError` with the reason, without the file's name, and nothing else."
+    """The picture of a file as RGB, read as `as_rgb` does. Raises `UnclipError` with the reason,
+    without the file's name, and nothing else."""
     try:
         if isinstance(source, bytes):
             file = io.BytesIO(source)
@@ -233,7 +242,8 @@ def open_picture(
             pixels = image.width * image.height
             if pixels > MAX_PIXELS:
                 raise UnclipError(
-                    f"{pixels / 1e6:,.0f} million pixels, over the limit of {MAX_PIXELS / 1e6:.0f} million: shrink it"
+                    f"{pixels / 1e6:,.0f} million pixels, over the limit of "
+                    f"{MAX_PIXELS / 1e6:.0f} million: shrink it"
                 )
             return as_rgb(image)
     except UnclipError:
@@ -245,13 +255,14 @@ def open_picture(
             f"too many pixels, over the limit of {MAX_PIXELS / 1e6:.0f} million: shrink it"
         ) from None
     except Exception as e:
-        raise UnclipError(f"unreadable ({type(e).__name__})") from None           # Pillow raises a dozen kinds
+        raise UnclipError(f"unreadable ({type(e).__name__})") from None  # Pillow raises a dozen kinds
 
 # %% ../nbs/00_core.ipynb #4e62d797
 def load_image(
     path:str|Path,   # PNG, JPEG or anything else that Pillow reads
 ) -> Float[Tensor, "3 h w"]:
-    "A picture from a file in [-1, 1]: upright, transparency on white, grey as RGB. Raises `UnclipError` for what is not a picture."
+    """A picture from a file in [-1, 1]: upright, transparency on white, grey as RGB. Raises
+    `UnclipError` for what is not a picture."""
     path = expand(path)
     try:
         return to_tensor(open_picture(path))
@@ -261,7 +272,8 @@ def load_image(
         raise UnclipError(f"no file {str(path)!r}: give the path of a PNG or JPEG")
     if why.startswith("unreadable"):
         raise UnclipError(
-            f"cannot read {str(path)!r} as a picture {why.removeprefix('unreadable ')}: give a PNG or JPEG"
+            f"cannot read {str(path)!r} as a picture {why.removeprefix('unreadable ')}: give a "
+            "PNG or JPEG"
         )
     raise UnclipError(f"cannot use {str(path)!r}: {why}; give the path of a PNG or JPEG")
 
@@ -278,12 +290,36 @@ def _array_to_tensor(x:np.ndarray, name:str) -> Tensor:
         raise UnclipError(
             f"{name}: an array of {x.dtype} is no picture: give uint8 or float32") from None
 
+def _checked(images:Tensor, name:str) -> Float[Tensor, "b 3 h w"]:
+    "A tensor as pictures in [-1, 1], or the error that says why it is none."
+    x = images[None] if images.ndim == 3 else images
+    if x.ndim != 4 or x.shape[1] not in (1, 3, 4) or not x.numel():
+        raise UnclipError(
+            f"{name} must be (b, 3, height, width) or (3, height, width), not {tuple(images.shape)}"
+        )
+    if x.dtype == torch.uint8:
+        x = x.float() / 127.5 - 1                       # eq. 1
+    elif not x.is_floating_point():
+        raise UnclipError(f"{name} are {x.dtype}: give uint8, or floats in [-1, 1]")
+    x = x.float()
+    if not (x.is_meta or x.abs().amax() <= 1.5):  # also where there is a NaN
+        if not x.isfinite().all():
+            raise UnclipError(f"{name} hold NaN or infinity: give floats in [-1, 1]")
+        raise UnclipError(
+            f"{name} are floats from {x.min():g} to {x.max():g}: give uint8, or floats in [-1, 1]")
+    if x.shape[1] == 4:
+        alpha = (x[:, 3:] + 1) / 2
+        return x[:, :3] * alpha + (1 - alpha)                                  # white is 1
+    return x if x.shape[1] == 3 else x.expand(-1, 3, -1, -1)
+
+# %% ../nbs/00_core.ipynb #c00d1a01
 def as_images(
-    images,             # (b, c, h, w) or (c, h, w), c 1, 3 or 4: uint8, or floats in [-1, 1]; a numpy array (colours last or first),
-                        # a PIL image, a path, or a list of these of one size
+    images,             # what the docstring lists
     name:str="images",  # what the user calls them, for messages
 ) -> Float[Tensor, "b 3 h w"]:
-    """Pictures in [-1, 1], float32. Bytes are converted by eq. 1, grey is repeated, transparency is laid on white.
+    """Pictures in [-1, 1], float32, from a tensor or numpy array, a PIL image, a path, or a list of these.
+    Arrays are (b, c, h, w) or (c, h, w) with c 1, 3 or 4 (numpy: colours last or first), uint8 or
+    floats in [-1, 1]. Bytes are converted by eq. 1, grey is repeated, transparency is laid on white.
     Raises `UnclipError` for what is no picture, for NaN, and for floats far outside [-1, 1]."""
     if isinstance(images, np.ndarray):
         images = _array_to_tensor(images, name)
@@ -302,27 +338,10 @@ def as_images(
         return torch.cat(parts)
     if not isinstance(images, Tensor):
         raise UnclipError(
-            f"{name}: a {type(images).__name__} is no picture: give a tensor, an array, a PIL image or a path"
+            f"{name}: a {type(images).__name__} is no picture: give a tensor, an array, a PIL "
+            "image or a path"
         )
-    x = images[None] if images.ndim == 3 else images
-    if x.ndim != 4 or x.shape[1] not in (1, 3, 4) or not x.numel():
-        raise UnclipError(
-            f"{name} must be (b, 3, height, width) or (3, height, width), not {tuple(images.shape)}"
-        )
-    if x.dtype == torch.uint8:
-        x = x.float() / 127.5 - 1                       # eq. 1
-    elif not x.is_floating_point():
-        raise UnclipError(f"{name} are {x.dtype}: give uint8, or floats in [-1, 1]")
-    x = x.float()
-    if not (x.is_meta or x.abs().amax() <= 1.5):                               # also where there is a NaN
-        if not x.isfinite().all():
-            raise UnclipError(f"{name} hold NaN or infinity: give floats in [-1, 1]")
-        raise UnclipError(
-            f"{name} are floats from {x.min():g} to {x.max():g}: give uint8, or floats in [-1, 1]")
-    if x.shape[1] == 4:
-        alpha = (x[:, 3:] + 1) / 2
-        return x[:, :3] * alpha + (1 - alpha)                                  # white is 1
-    return x if x.shape[1] == 3 else x.expand(-1, 3, -1, -1)
+    return _checked(images, name)
 
 def as_picture(
     image, # one of what `as_images` takes
@@ -407,7 +426,8 @@ def count_parameters(
 
 # %% ../nbs/00_core.ipynb #7b7ab309
 class ExactBuffers(nn.Module):
-    "A module whose own buffers keep their precision: `.half()`, `.double()` and `.to(dtype)` change parameters only."
+    """A module whose own buffers keep their precision: `.half()`, `.double()` and `.to(dtype)`
+    change parameters only."""
     def _apply(self, fn, recurse=True):
         kept = {k: b for k, b in self._buffers.items() if b is not None}
         super()._apply(fn, recurse)
@@ -420,7 +440,8 @@ class ExactBuffers(nn.Module):
 def data_path(
     name:str="", # a file or folder among the shipped data, such as "tiny"; all of it by default
 ) -> Path:
-    "Where shipped data lies: inside the installed package, or in `data/` of a checkout. Raises `UnclipError` where absent."
+    """Where shipped data lies: inside the installed package, or in `data/` of a checkout. Raises
+    `UnclipError` where absent."""
     if not isinstance(name, (str, Path)):
         raise UnclipError(f"{name!r} is no name of shipped data: give a text, such as 'tiny'")
     here = Path(__file__).parent

@@ -33,8 +33,9 @@ class KVCache:
 
     def repeat(self, n:int) -> "KVCache":
         "Each row `n` times, row-major: one caption's cache for `n` draws."
-        return KVCache() if self.k is None else KVCache(self.k.repeat_interleave(n, 0),
-                                                        self.v.repeat_interleave(n, 0))
+        if self.k is None:
+            return KVCache()
+        return KVCache(self.k.repeat_interleave(n, 0), self.v.repeat_interleave(n, 0))
 
 # %% ../nbs/03_layers.ipynb #330e43af
 class Attention(nn.Module):
@@ -54,7 +55,7 @@ class Attention(nn.Module):
         cache:KVCache|None=None,   # of the tokens before them
         causal:bool=True,          # may a token look only at itself and before?
         append:bool=True,          # do the new tokens stay in the cache?
-        keep:Bool[Tensor, "b m"]|None=None, # which tokens, old and new, may be looked at; all by default
+        keep:Bool[Tensor, "b m"]|None=None, # tokens, old and new, that may be looked at; all by default
     ) -> Float[Tensor, "b n w"]:
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         past = len(cache) if cache is not None else 0
@@ -79,22 +80,23 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, mlp_ratio * width), nn.GELU(),
-                                 nn.Linear(mlp_ratio * width, width))
+        hidden = mlp_ratio * width
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
     def forward(self,
-                x: Float[Tensor, "b n w"],
-                cache: KVCache | None = None,
-                causal: bool = True,
-                append: bool = True,
-                keep: Bool[Tensor, "b m"] | None = None) -> Float[Tensor, "b n w"]:
+        x:Float[Tensor, "b n w"],
+        cache:KVCache|None=None,
+        causal:bool=True,
+        append:bool=True,
+        keep:Bool[Tensor, "b m"]|None=None,
+    ) -> Float[Tensor, "b n w"]:
         "Arguments as in `Attention`."
         x = x + self.attention(self.norm1(x), cache, causal, append, keep)
         return x + self.mlp(self.norm2(x))
 
 # %% ../nbs/03_layers.ipynb #1a6857b5
 class Transformer(nn.Module):
-    "A stack of `Block`s and a last LayerNorm: tokens in, tokens out. It knows no positions: add those to `x`."
+    "A stack of `Block`s and a last LayerNorm: tokens in, tokens out. It knows no positions: add them to `x`."
     def __init__(self,
         width:int,            # numbers per token
         layers:int,           # blocks
@@ -123,7 +125,7 @@ class Transformer(nn.Module):
         cache:list[KVCache]|None=None,  # from `make_cache`: what came before
         causal:bool=True,               # may a token look only at itself and before?
         append:bool=True,               # do the new tokens stay in the cache?
-        keep:Bool[Tensor, "b m"]|None=None, # which tokens, old and new, may be looked at; all by default
+        keep:Bool[Tensor, "b m"]|None=None, # tokens, old and new, that may be looked at; all by default
     ) -> Float[Tensor, "b n w"]:
         for i, block in enumerate(self.blocks):
             x = block(x, None if cache is None else cache[i], causal, append, keep)
