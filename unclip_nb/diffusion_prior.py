@@ -38,6 +38,7 @@ from unclip_nb.diffusion import (
     predict,
     q_sample,
     simple_loss,
+    spaced,
 )
 from .layers import KVCache, TimeEmbedding, Transformer
 from .train import Stage, check_config, read_tensors
@@ -396,7 +397,8 @@ def sample(
         text.to(self.net.query), zt.to(self.net.query), guidance, candidates, cache)
     if sampler == "analytic":
         denoise = self.with_variance(denoise)
-    x = draw(denoise, x_T, self.schedule, steps, generator=generator, clip=False, progress=progress)
+    timesteps = spaced(steps, self.config.T)
+    x = draw(denoise, x_T, self.schedule, timesteps, generator=generator, clip=False, progress=progress)
     return keep_best(
         F.normalize(self.stats.inverse(x), dim=-1).unflatten(0, (len(zt), candidates)), zt)
 
