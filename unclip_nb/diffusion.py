@@ -181,7 +181,7 @@ def spaced(
     return [round(k * ((T - 1) / (n - 1))) for k in range(n)][::-1]
 
 def check_timesteps(
-    timesteps:Sequence[int]|None,   # None: all
+    timesteps,                      # from large to small; None: all
     T:int,                          # steps of the schedule
 ) -> list[int]:
     "The timesteps as a list. Raises `UnclipError` where they don't go from large to small within 0 .. T-1."
