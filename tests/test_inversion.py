@@ -25,7 +25,7 @@ def wobbly(schedule):
     return denoise
 
 def miss(denoise, x0, steps, schedule=SCHEDULE, **how):
-    x_T = ddim_invert(denoise, x0, schedule, steps, **how)
+    x_T = ddim_invert(denoise, x0, schedule, spaced(steps), **how)
     return (ddim_sample(denoise, x_T, schedule, spaced(steps), clip=False) -
             x0).square().mean().sqrt().item()
 
@@ -49,7 +49,7 @@ def test_it_is_diffusers_inverse_scheduler(kind, name, from_clean, steps):
     x = x0 = randn((5, 7), generator("x0")).double()
     for t in theirs.timesteps:
         x = theirs.step(denoise(x, t.expand(5)).eps, int(t), x).prev_sample
-    ours = ddim_invert(denoise, x0, schedule, f"ddim{steps}", from_clean=from_clean)   # their "leading" grid
+    ours = ddim_invert(denoise, x0, schedule, strided(steps), from_clean=from_clean)   # their "leading" grid
     assert (ours - x).norm() / x.norm() < 1e-9
 
 def test_it_is_diffusers_inverse_scheduler_with_their_own_numbers_in_float32():
@@ -70,7 +70,7 @@ def test_current_convention_is_the_authors_formula():
     for t in range(39):
         p, after = denoise(x, torch.full((5,), t)), schedule.abar[t + 1]
         x = p.x0 * after.sqrt() + (1 - after).sqrt() * p.eps
-    assert torch.allclose(ddim_invert(denoise, x0, schedule, 40, convention="current"),
+    assert torch.allclose(ddim_invert(denoise, x0, schedule, spaced(40), convention="current"),
                           x,
                           rtol=1e-10)
 
@@ -79,13 +79,13 @@ def test_a_standard_normal_is_its_own_noise():
     denoise = mixture_denoiser(SCHEDULE, torch.zeros(1, 3, dtype=torch.float64), spread=1.)
     x0 = randn((6, 3), generator("normal")).double()
     for convention in ("target", "current"):
-        assert (ddim_invert(denoise, x0, SCHEDULE, 400, convention) - x0).abs().max() < 0.02
+        assert (ddim_invert(denoise, x0, SCHEDULE, spaced(400), convention) - x0).abs().max() < 0.02
 
 def test_one_step_by_hand():
     schedule, x = Schedule(), torch.tensor([[1.0]], dtype=torch.float64)
     constant = lambda x, t: Prediction(x, torch.full_like(x, 0.5))
     ts = spaced(3)[::-1]
-    got = ddim_invert(constant, x, schedule, 3)
+    got = ddim_invert(constant, x, schedule, spaced(3))
     u, sigma = x / schedule.abar[0].sqrt(), ((1 - schedule.abar) / schedule.abar).sqrt()
     assert torch.allclose(
         got, schedule.abar[-1].sqrt() *
@@ -290,7 +290,7 @@ def test_the_shipped_decoder_gets_its_picture_back():
     x0 = render([scene_at(i, "unseen") for i in (0, 2)], 32)
     with torch.no_grad():
         denoise = decoder.denoiser(clip.encode_image(x0))
-        x_T = ddim_invert(denoise, x0, decoder.schedule, 25)
+        x_T = ddim_invert(denoise, x0, decoder.schedule, spaced(25))
         again, clipped = (ddim_sample(denoise, x_T, decoder.schedule, spaced(25), clip=c)
                           for c in (False, True))
     decibels = lambda x: 10 * torch.log10(4 / (x - x0).square().flatten(1).mean(1))
