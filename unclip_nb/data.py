@@ -170,7 +170,7 @@ def check_version(name:str):
 def mend_torchvision():
     "Lets torchvision, and what builds on it, be imported where its compiled part cannot load (a CUDA build beside a CPU-only torch)."
     try:
-        pass
+        import torchvision  # noqa: F401
     except RuntimeError as e:
         if "torchvision::nms" not in str(e):
             raise
