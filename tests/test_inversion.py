@@ -70,7 +70,7 @@ def test_current_convention_is_the_authors_formula():
     for t in range(39):
         p, after = denoise(x, torch.full((5,), t)), schedule.abar[t + 1]
         x = p.x0 * after.sqrt() + (1 - after).sqrt() * p.eps
-    assert torch.allclose(ddim_invert(denoise, x0, schedule, spaced(40), convention="current"),
+    assert torch.allclose(ddim_invert(denoise, x0, schedule, spaced(40, 40), convention="current"),
                           x,
                           rtol=1e-10)
 

@@ -168,7 +168,7 @@ def values():
 def table(folder):
     "Every function with its right arguments and the kind of each: (name, function, right arguments, {argument: kind})."
     import torch
-    import unclip_nb.core as core, unclip_nb.diffusion as D, unclip_nb.solvers as S, unclip_nb.edits as E, unclip_nb.evaluation as V, unclip_nb.pipeline as P
+    import unclip_nb.core as core, unclip_nb.diffusion as D, unclip_nb.solvers as solvers, unclip_nb.edits as E, unclip_nb.evaluation as V, unclip_nb.pipeline as P
     from unclip_nb import clip as C, pca as A, upsampler as S
     from unclip_nb.ar_prior import ARPrior
     from unclip_nb.decoder import Decoder
@@ -312,7 +312,7 @@ def table(folder):
                                             timesteps=[999, 0]), dict(eta="eta", **sampling)),
         ("ddpm_sample", D.ddpm_sample, dict(denoise=exact, x_T=noise, schedule=schedule, timesteps=[999, 0]),
          dict(timesteps="timesteps", generator="generators")),
-        ("dpm_sample", S.dpm_sample, dict(denoise=exact, x_T=noise, schedule=schedule,
+        ("dpm_sample", solvers.dpm_sample, dict(denoise=exact, x_T=noise, schedule=schedule,
                                           timesteps=[999, 0]), sampling),
         ("target", D.target,
          dict(schedule=schedule,
