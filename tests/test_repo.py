@@ -8,7 +8,7 @@ ROOT = Path(__file__).parent.parent
 LIB, NBS = ROOT/'unclip_nb', ROOT/'nbs'
 LESSONS = sorted(NBS.glob('*.ipynb'))
 NOTEBOOKS = LESSONS + sorted((NBS/'solutions').glob('*.ipynb'))
-MODULES = {p.stem.partition('_')[2]: int(p.stem[:2]) for p in LESSONS if p.stem[:2].isdigit()}
+MODULES = {p.stem.partition('_')[2]: p.stem.partition('_')[0] for p in LESSONS if p.stem[:2].isdigit()}    # '08' < '08b' < '09'
 BY_HAND = ('__init__.py', '__main__.py')                      # the only modules that no notebook exports
 EXPORTED = sorted(p for p in LIB.glob('*.py') if p.stem[0] != '_')
 NOT_RUN = re.compile(r'^#\|\s*(eval:\s*false|slow)\b', re.M | re.I)
@@ -91,13 +91,13 @@ def test_module_imports_only_smaller_numbers(path):
         m for m in own_imports(ast.parse(path.read_text('utf8')))
         if MODULES[m] >= MODULES[path.stem]
     ]
-    assert not later, f'{path.stem} ({MODULES[path.stem]:02}) imports {later}'
+    assert not later, f'{path.stem} ({MODULES[path.stem]}) imports {later}'
 
 @lessons
 def test_lesson_uses_nothing_of_a_later_one(path):
     if path.stem == 'index':
         pytest.skip('the tour uses all of them')
-    number = int(path.stem[:2]) if path.stem[:2].isdigit() else -1          # one_page stands before all of them
+    number = path.stem.partition('_')[0] if path.stem[:2].isdigit() else ''          # one_page stands before all of them
     code = '\n'.join(re.sub(r'^\s*[%!].*$', '', source(c), flags=re.M) for c in cells(path, 'code'))
     assert not [m for m in own_imports(ast.parse(code)) if MODULES[m] > number]
 
