@@ -8,6 +8,7 @@ after an interruption, run the same command. Pictures are always the first n of 
 import argparse, hashlib, itertools, json, os, sys
 from pathlib import Path
 import torch
+from unclip_nb.diffusion import spaced
 from unclip_nb.inversion import CONVENTIONS, ddim_invert
 from unclip_nb.pipeline import UnCLIP, find_system
 from unclip_nb.shapes import render, scene_at
@@ -39,7 +40,7 @@ def trip(model, x0, label:str="", batch_size:int=32, *, steps:int, **how):
         x_T = ddim_invert(model.decoder.denoiser(zi),
                           x,
                           model.decoder.schedule,
-                          steps,
+                          spaced(steps),
                           progress=f"{label} up" if label else False,
                           **how)
         marks.append(

@@ -193,7 +193,7 @@ def test_learned_variance_equals_diffusers(unsure, batch):
         out = unsure.network(x, t, *unsure.condition(z, tok))
         p = unsure.denoiser(z, tok)(x, t)
     assert out.shape[1] == 6 and p.mix.shape == x.shape and p.mix.std() > 0
-    from unclip_nb.diffusion import split_variance
+    from unclip_nb.variance import split_variance
     assert torch.equal(p.mix, split_variance(out)[1])
     ours = unsure.schedule
     logvar = p.mix * ours.gather("log_large", t, x) + (1 - p.mix) * ours.gather("log_small", t, x)

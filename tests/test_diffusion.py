@@ -2,10 +2,15 @@
 import copy, math, subprocess, sys
 import numpy as np, pytest, torch
 from unclip_nb.core import UnclipError, generator, randn
-from unclip_nb.diffusion import (Prediction, Schedule, TARGETS, bits_per_dim, ddim_sample,
-                                 ddpm_sample, dpm_sample, even_snr, guided, hybrid_loss,
-                                 loss_weight, mixture_denoiser, normal_kl, pixel_log_prob, predict,
-                                 q_sample, respace, simple_loss, split_variance, target, vlb_terms)
+from unclip_nb.diffusion import (Prediction, Schedule, TARGETS, check_timesteps, ddim_sample,
+                                 ddpm_sample, guided, loss_weight, mixture_denoiser, predict,
+                                 q_sample, simple_loss, spaced, target)
+from unclip_nb.solvers import dpm_sample, fast27, in_sections, spaced_snr, strided
+from unclip_nb.variance import (bits_per_dim, hybrid_loss, normal_kl, pixel_log_prob,
+                                split_variance, vlb_terms)
+
+SECTIONS = in_sections((10, 10, 3, 2, 2))
+SNR20 = [999, 980, 968, 949, 919, 871, 798, 690, 551, 401, 268, 170, 105, 62, 36, 20, 10, 4, 1, 0]
 
 KINDS = {"cosine": "squaredcos_cap_v2", "linear": "linear"}
 NAMES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
@@ -158,19 +163,18 @@ def test_a_weighting_counts_the_same_mistake_the_same_for_every_target(weighting
 
 # ---- respacing
 
-def test_respace_is_linspace_with_both_ends():
+def test_spaced_is_linspace_with_both_ends():
     for n in (2, 3, 25, 27, 50, 250, 999, 1000):
-        assert respace(1000, n) == np.linspace(0, 999, n).round().astype(int)[::-1].tolist()
-    assert respace(1000, 1) == [999] and respace(1, 1) == [0] and respace(
-        7, 7) == [6, 5, 4, 3, 2, 1, 0]
+        assert spaced(n) == np.linspace(0, 999, n).round().astype(int)[::-1].tolist()
+    assert spaced(1) == [999] and spaced(1, 1) == [0] and spaced(7, 7) == [6, 5, 4, 3, 2, 1, 0]
     for T in (8, 50, 999):
         for n in range(1, T + 1):
-            ts = respace(T, n)
+            ts = spaced(n, T)
             assert len(ts) == n and ts == sorted(
                 set(ts), reverse=True) and ts[0] == T - 1 and (n == 1 or ts[-1] == 0)
 
 
-def test_respace_by_section_is_guided_diffusions():
+def test_sections_are_guided_diffusions():
     def space_timesteps(T, counts):                                          # their loop, in short
         start, out = 0, []
         for i, n in enumerate(counts):
@@ -182,32 +186,42 @@ def test_respace_by_section_is_guided_diffusions():
             start += size
         return sorted(out, reverse=True)
     for counts in ((10, 10, 3, 2, 2), (5, 4), (50,)):
-        assert respace(1000, counts) == space_timesteps(1000, counts)
-    assert len(respace(1000, (10, 10, 3, 2, 2))) == 27
+        assert in_sections(counts) == space_timesteps(1000, counts)
+    authors = {*space_timesteps(1000, (10, 10, 3, 2, 2))} - {999} | {997}             # as they build "fast27"
+    assert fast27() == sorted(authors, reverse=True) and len(fast27()) == 27
 
 
-def test_respace_reads_the_authors_names():
-    assert respace(1000, "10,10,3,2,2") == respace(1000, (10, 10, 3, 2, 2)) and respace(
-        1000, "27") == respace(1000, 27)
-    assert respace(1000, "ddim50") == list(range(0, 1000, 20))[::-1] and respace(
-        1000, "ddim250") == list(range(0, 1000, 4))[::-1]
+def test_strided_steps_leave_out_the_noisiest():
+    assert strided(50) == list(range(0, 1000, 20))[::-1]
+    assert strided(250) == list(range(0, 1000, 4))[::-1]
+
+
+def test_the_lists_are_those_that_pictures_were_drawn_with():
+    "Written down when the samplers still took a number or a name: the same seed draws the same picture."
+    assert spaced(7) == [999, 832, 666, 500, 333, 166, 0]
+    assert spaced(25)[:3] == [999, 957, 916] and spaced(25)[-2:] == [42, 0]
+    assert spaced(50, 980)[:3] == [979, 959, 939] and spaced(50, 980)[-2:] == [20, 0]
+    assert SECTIONS == [999, 800, 799, 600, 599, 500, 400, 399, 377, 355, 333, 311, 288, 266, 244, 222,
+                        200, 199, 177, 155, 133, 111, 88, 66, 44, 22, 0]
+    assert spaced_snr(10, Schedule()) == [999, 980, 943, 838, 588, 268, 92, 27, 5, 0]
+    assert spaced_snr(20, Schedule()) == SNR20
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_even_snr_is_even_and_complete(kind):
+def test_spaced_snr_is_even_and_complete(kind):
     s = Schedule(kind)
     clock = plain_abar(kind)
     clock = (clock / (1 - clock)).log() / 2
-    ts = even_snr(s, 12)
+    ts = spaced_snr(12, s)
     jumps = clock[ts[1:]].diff()
     assert ts[0] == 999 and ts[-1] == 0 and abs(clock[ts[1]] +
                                                 3.5) < 0.1 and jumps.max() / jumps[:-3].min() < 1.5
     for T in (1, 2, 25, 1000):
         for n in {1, 2, min(T, 40), T}:
-            ts = even_snr(Schedule(kind, T), min(n, T))
+            ts = spaced_snr(min(n, T), Schedule(kind, T))
             assert len(ts) == min(n, T) and ts == sorted(
                 set(ts), reverse=True) and ts[0] == T - 1 and ts[-1] in (0, T - 1 if n == 1 else 0)
-    assert even_snr(s, 1000) == respace(1000, 1000)
+    assert spaced_snr(1000, s) == spaced(1000)
 
 
 # ---- samplers against diffusers
@@ -234,31 +248,32 @@ def test_ddim_equals_diffusers(kind, prediction, clip):
                        clip_sample=clip,
                        timestep_spacing="linspace")
         sched.set_timesteps(steps)
-        assert sched.timesteps.tolist() == respace(1000, steps)
+        assert sched.timesteps.tolist() == spaced(steps)
         sched.num_inference_steps = 1000 // stride                           # it takes the previous timestep to be T // this below
         assert 1000 // sched.num_inference_steps == stride
         for eta in (0.0, 0.6):
             ref = reference(sched, x_T, "dice", prediction, eta=eta, use_clipped_model_output=True)
-            same(ddim_sample(denoiser(s, prediction), x_T, s, steps, eta, generator("dice"), clip),
+            same(ddim_sample(denoiser(s, prediction), x_T, s, spaced(steps), eta, generator("dice"),
+                             clip),
                  ref)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("prediction", TARGETS)
-@pytest.mark.parametrize("steps", [27, (10, 10, 3, 2, 2), 1])
+@pytest.mark.parametrize("steps", [spaced(27), SECTIONS, spaced(1)], ids=len)
 def test_ddpm_equals_diffusers_at_any_spacing(kind, prediction, steps, monkeypatch):
     s, x_T, g = Schedule(kind), batch()[0], generator("dice")
     sched = theirs("DDPMScheduler", kind, prediction, clip_sample=True, variance_type="fixed_small")
     monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor",
                         lambda shape, dtype=None, **kw: randn(shape, g).to(dtype))
-    sched.set_timesteps(timesteps=respace(1000, steps))
+    sched.set_timesteps(timesteps=steps)
     same(ddpm_sample(denoiser(s, prediction), x_T, s, steps, generator("dice")),
          reference(sched, x_T, "unused", prediction))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("prediction", TARGETS)
-@pytest.mark.parametrize("steps", [(20,), 20, "10,10,3,2,2", 2])
+@pytest.mark.parametrize("steps", [spaced(20), spaced_snr(20, Schedule()), SECTIONS, spaced_snr(2, Schedule())])
 def test_dpm_solver_equals_diffusers(kind, prediction, steps):
     s, x_T = Schedule(kind), batch()[0]
     sched = theirs("DPMSolverMultistepScheduler",
@@ -269,8 +284,7 @@ def test_dpm_solver_equals_diffusers(kind, prediction, steps):
                    solver_type="midpoint",
                    lower_order_final=True,
                    final_sigmas_type="zero")
-    sched.set_timesteps(
-        timesteps=even_snr(s, steps) if isinstance(steps, int) else respace(1000, steps))
+    sched.set_timesteps(timesteps=steps)
     abar = plain_abar(kind)[sched.timesteps]
     sched.sigmas = torch.cat([((1 - abar) / abar).sqrt(), torch.zeros(1, dtype=torch.float64)])      # theirs are float32
     same(dpm_sample(denoiser(s, prediction), x_T, s, steps, clip=False),
@@ -279,7 +293,7 @@ def test_dpm_solver_equals_diffusers(kind, prediction, steps):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("prediction", TARGETS)
-@pytest.mark.parametrize("steps", [15, "10,10,3,2,2"])
+@pytest.mark.parametrize("steps", [spaced(15), SECTIONS], ids=len)
 def test_learned_variance_equals_diffusers(kind, prediction, steps, monkeypatch):
     s, x_T, g = Schedule(kind), batch()[0], generator("dice")
     sched = theirs("DDPMScheduler",
@@ -289,7 +303,7 @@ def test_learned_variance_equals_diffusers(kind, prediction, steps, monkeypatch)
                    variance_type="learned_range")
     monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor",
                         lambda shape, dtype=None, **kw: randn(shape, g).to(dtype))
-    sched.set_timesteps(timesteps=respace(1000, steps))
+    sched.set_timesteps(timesteps=steps)
     both = lambda x, t: torch.cat([network(x, t), torch.sin(3 * x.flip(1))], 1)      # six channels: answers, and v in -1 .. 1
     ref = x_T
     for t in sched.timesteps.tolist():
@@ -308,7 +322,7 @@ def test_float32_follows_float64():
     s, x_T = Schedule(), batch()[0]
     for sampler in (ddim_sample, ddpm_sample, dpm_sample):
         a, b = [
-            sampler(denoiser(s, "v"), x_T.to(d), s, 50, generator=generator("dice"))
+            sampler(denoiser(s, "v"), x_T.to(d), s, spaced(50), generator=generator("dice"))
             for d in (torch.float32, torch.float64)
         ]
         assert a.dtype == torch.float32
@@ -335,7 +349,6 @@ def test_ddim_maps_the_standard_normal_to_the_data(kind):
     low, mid, high = ddim_sample(bell,
                                  torch.tensor([[-1.], [0.], [1.]], dtype=torch.float64),
                                  s,
-                                 1000,
                                  clip=False).flatten()
     assert abs(mid - 0.3) < 0.005 and abs((high - low) / 2 - 0.5) < 0.002
 
@@ -343,16 +356,16 @@ def test_ddim_maps_the_standard_normal_to_the_data(kind):
 def test_ddpm_draws_have_the_datas_mean_and_spread():
     s = Schedule()
     bell = mixture_denoiser(s, torch.tensor([[0.3]]), 0.5)
-    x = ddpm_sample(bell, randn((20_000, 1), generator("a")), s, 250, generator("b"), clip=False)
+    x = ddpm_sample(bell, randn((20_000, 1), generator("a")), s, spaced(250), generator("b"), clip=False)
     assert abs(x.mean() - 0.3) < 0.015 and abs(x.std() - 0.5) < 0.015
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4, 30, (3, 2)])
+@pytest.mark.parametrize("steps", [*map(spaced, (1, 2, 4, 30)), in_sections((3, 2))], ids=len)
 def test_analytic_variance_makes_gaussians_exact_at_any_steps(steps):
     "With the true cov each step is the exact reverse step: measured by moments carried through a sampler that is linear in its noise."
     s, tau = Schedule(), 0.5
     bell = mixture_denoiser(s, torch.tensor([[0.3]], dtype=torch.float64), tau, variance=True)
-    n = len(respace(1000, steps)) - 1
+    n = len(steps) - 1
     pushes = torch.eye(n + 2, n + 1, dtype=torch.float64)                            # row k: a unit of noise at one place; the last row: none
     draws = iter(pushes[:, 1:].T)
     def noise(shape, g, device): return next(draws)[:, None]
@@ -360,7 +373,7 @@ def test_analytic_variance_makes_gaussians_exact_at_any_steps(steps):
         m.setattr("unclip_nb.diffusion.randn", noise)
         out = ddpm_sample(bell, pushes[:, :1], s, steps, clip=False).flatten()
     mean, var = out[-1], ((out[:-1] - out[-1]) ** 2).sum()
-    last = respace(1000, steps)[-1]
+    last = steps[-1]
     unsaid = tau ** 2 * (1 - s.abar[last]) / (1 - s.abar[last] + s.abar[last] * tau ** 2)     # the last step adds no noise
     assert abs(mean - 0.3) < 1e-4 and abs(var + unsaid - tau ** 2) < 1e-6
 
@@ -372,7 +385,7 @@ def test_cov_per_row_and_mix_at_both_ends():
     def run(**fields):
         return ddpm_sample(lambda x, t: base(x, t)._replace(**{k: f(x)
                                                                for k, f in fields.items()}), x_T, s,
-                           9, generator("g"))
+                           spaced(9), generator("g"))
     same(run(mix=torch.zeros_like), run(), 1e-9)
     same(run(cov=lambda x: x.new_zeros(6, 1, 1, 1)), run(), 1e-12)
     rows = torch.tensor([0., .1, .2, .3, .4, .5], dtype=torch.float64).view(6, 1, 1, 1)
@@ -381,12 +394,11 @@ def test_cov_per_row_and_mix_at_both_ends():
     assert (run(cov=lambda x: rows)[5] - run()[5]).norm() > 0.05
     seen = []                                                                        # mix = 1: the betas of the respaced process
     def note(shape, g, device): seen.append(1); return torch.ones(shape)
-    ts = respace(1000, 9)
     still = lambda x, t: Prediction(0 * x, x, mix=torch.ones_like(x))
     with pytest.MonkeyPatch.context() as m:
         m.setattr("unclip_nb.diffusion.randn", note)
         x = ddpm_sample(lambda x, t: still(x, t) if t[0] == 999 else Prediction(x, x),
-                        torch.zeros(1, 1, dtype=torch.float64), s, (2, ))
+                        torch.zeros(1, 1, dtype=torch.float64), s, spaced(2))
     assert len(seen) == 1 and torch.allclose(x, (1 - s.abar[999] / s.abar[0]).sqrt())
 
 
@@ -411,8 +423,10 @@ def test_mixture_variance_equals_numeric_integration():
 def test_dpm_solver_is_of_second_order():
     s, start = Schedule(T=1000), torch.tensor([[-1.], [0.2], [1.5]], dtype=torch.float64)
     pair = mixture_denoiser(s, torch.tensor([[-0.5], [0.5]], dtype=torch.float64), 0.2)
-    truth = dpm_sample(pair, start, s, 500, clip=False)
-    def off(f, n): return (f(pair, start, s, n, clip=False) - truth).abs().max().item()
+    truth = dpm_sample(pair, start, s, spaced_snr(500, s), clip=False)
+    def off(f, n):
+        steps = spaced_snr(n, s) if f is dpm_sample else spaced(n)
+        return (f(pair, start, s, steps, clip=False) - truth).abs().max().item()
 
     assert off(dpm_sample, 20) / off(dpm_sample, 80) > 9 and off(ddim_sample, 20) / off(
         ddim_sample, 80) < 6  # 16 and 4, were they perfect
@@ -522,7 +536,8 @@ def test_hybrid_loss_is_the_sum_and_the_mean_is_detached():
 
 COMPILED = """
 import torch
-from unclip_nb.diffusion import Schedule, hybrid_loss
+from unclip_nb.diffusion import Schedule
+from unclip_nb.variance import hybrid_loss
 s = Schedule()
 g = torch.Generator().manual_seed(0)
 x0, noise, t = torch.rand(6, 3, 4, 4, generator=g) * 2 - 1, torch.randn(6, 3, 4, 4, generator=g), torch.tensor([0, 1, 0, 500, 999, 3])
@@ -589,8 +604,8 @@ def test_one_of_eight_costs_three_bits():
 
 def test_one_ddim_with_eta_one_is_ddpm():
     s, x_T = Schedule(), batch()[0]
-    a = ddim_sample(denoiser(s, "x0"), x_T, s, 30, 1.0, generator("g"))
-    same(a, ddpm_sample(denoiser(s, "x0"), x_T, s, 30, generator("g")), 1e-9)
+    a = ddim_sample(denoiser(s, "x0"), x_T, s, spaced(30), 1.0, generator("g"))
+    same(a, ddpm_sample(denoiser(s, "x0"), x_T, s, spaced(30), generator("g")), 1e-9)
 
 
 def test_pictures_known_by_heart_come_out_exactly():
@@ -599,7 +614,7 @@ def test_pictures_known_by_heart_come_out_exactly():
         x = sampler(mixture_denoiser(s, eight),
                     randn((16, 3, 8, 8), generator("T")),
                     s,
-                    60,
+                    spaced(60),
                     generator=generator("dice"))
         nearest = (x[:, None] - eight).flatten(2).abs().amax(2).min(1)
         assert nearest.values.max() < 1e-3 and len(nearest.indices.unique()) > 3
@@ -611,15 +626,15 @@ def test_the_last_step_adds_no_noise():
     s, x_T = Schedule(T=25), batch()[0]
     fixed = lambda x, t: predict(s, "x0", torch.full_like(x, 0.5), x, t)
     for steps in (1, 25):
-        x = ddpm_sample(fixed, x_T, s, steps, generator("g"))
+        x = ddpm_sample(fixed, x_T, s, spaced(steps, 25), generator("g"))
         assert torch.allclose(x, torch.full_like(x, 0.5), atol=1e-12)        # with noise it would be off by sqrt(beta_0) = 0.07
-        assert torch.allclose(ddim_sample(fixed, x_T, s, steps, 1.0, generator("g")), x, atol=1e-12)
+        assert torch.allclose(ddim_sample(fixed, x_T, s, spaced(steps, 25), 1.0, generator("g")), x, atol=1e-12)
 
 
 def test_without_noise_the_generator_is_not_touched():
     s, g = Schedule(), generator("g")
     before = g.get_state()
-    ddim_sample(denoiser(s, "v"), batch()[0], s, 5, 0.0, g)
+    ddim_sample(denoiser(s, "v"), batch()[0], s, spaced(5), 0.0, g)
     assert torch.equal(g.get_state(), before)
 
 
@@ -630,7 +645,7 @@ def test_a_row_does_not_depend_on_its_batch():
         return sampler(denoiser(s, "eps"),
                        x_T[rows],
                        s,
-                       12,
+                       spaced(12),
                        generator=[generator("row", i) for i in rows],
                        **kw)
     for sampler, kw in ((ddpm_sample, {}), (ddim_sample, {"eta": 1.0})):
@@ -643,8 +658,8 @@ def test_clip_holds_the_picture_and_nothing_is_clipped_without_it():
     s, x_T = Schedule(), batch()[0]
     far = lambda x, t: predict(s, "x0", torch.full_like(x, 3.0), x, t)
     for sampler in (ddpm_sample, ddim_sample, dpm_sample):
-        assert torch.allclose(sampler(far, x_T, s, 10), torch.ones_like(x_T)) and torch.allclose(
-            sampler(far, x_T, s, 10, clip=False), torch.full_like(x_T, 3.0))
+        assert torch.allclose(sampler(far, x_T, s, spaced(10)), torch.ones_like(x_T)) and torch.allclose(
+            sampler(far, x_T, s, spaced(10), clip=False), torch.full_like(x_T, 3.0))
 
 
 def test_guidance():
@@ -671,9 +686,9 @@ def test_guidance_of_gaussians_is_exact():
 
 def test_the_bar_is_shown_only_when_asked_for(capsys):
     s, x_T = Schedule(), batch()[0]
-    ddim_sample(denoiser(s, "v"), x_T, s, 3)
+    ddim_sample(denoiser(s, "v"), x_T, s, spaced(3))
     assert capsys.readouterr().err == ""
-    ddpm_sample(denoiser(s, "v"), x_T, s, 3, progress="decoder")
+    ddpm_sample(denoiser(s, "v"), x_T, s, spaced(3), progress="decoder")
     assert "decoder" in capsys.readouterr().err
 
 
@@ -683,15 +698,19 @@ def test_the_bar_is_shown_only_when_asked_for(capsys):
     (lambda s, x, t: target(s, "noise", x, x, t), "noise"),
     (lambda s, x, t: predict(s, "epsilon", x, x, t), "epsilon"),
     (lambda s, x, t: simple_loss(s, "v", x, x, x, t, "snr"), "snr"),
-    (lambda s, x, t: respace(1000, 1001), "1001"),
-    (lambda s, x, t: respace(1000, 0), "0 of 1000"),
-    (lambda s, x, t: respace(1000, ()), "steps"),
-    (lambda s, x, t: ddim_sample(denoiser(s, "v"), x, s, 2000), "2000"),
-    (lambda s, x, t: dpm_sample(denoiser(s, "v"), x, s, 1001), "1001"),
-    (lambda s, x, t: respace(1000, "10,x"), "10,x"),
-    (lambda s, x, t: respace(1000, "ddim300"), "300 of 1000"),
-    (lambda s, x, t: respace(1000, "ddim"), "read"),
-    (lambda s, x, t: ddim_sample(denoiser(s, "v"), x, s, "snrx"), "read"),
+    (lambda s, x, t: spaced(1001), "1001"),
+    (lambda s, x, t: spaced(0), "steps is 0"),
+    (lambda s, x, t: in_sections(()), "one number each"),
+    (lambda s, x, t: in_sections((10, 501)), "501"),
+    (lambda s, x, t: spaced_snr(1001, s), "1001"),
+    (lambda s, x, t: strided(300), "300 of 1000"),
+    (lambda s, x, t: check_timesteps(50, 1000), r"50: give a list, such as spaced\(50, 1000\)"),
+    (lambda s, x, t: check_timesteps("snr20", 1000), "snr20"),
+    (lambda s, x, t: ddpm_sample(denoiser(s, "v"), x, s, spaced(5, 2000)), "1999"),
+    (lambda s, x, t: check_timesteps(spaced(5)[::-1], 1000), "large to small"),
+    (lambda s, x, t: check_timesteps([500, 500], 1000), "none twice"),
+    (lambda s, x, t: check_timesteps([500, 2.5], 1000), "2.5"),
+    (lambda s, x, t: check_timesteps([], 1000), "give a list"),
     (lambda s, x, t: split_variance(x), "even number"),
 ])
 def test_mistakes_are_named(wrong, says):

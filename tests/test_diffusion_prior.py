@@ -3,7 +3,7 @@ import math
 import pytest, torch
 import torch.nn.functional as F
 from unclip_nb.core import UnclipError, count_parameters, generator, randn
-from unclip_nb.diffusion import Schedule, ddpm_sample, predict
+from unclip_nb.diffusion import Schedule, ddpm_sample, predict, spaced
 from unclip_nb.diffusion_prior import (SAMPLERS, DiffusionPrior, EmbeddingStats, Prefix,
                                        PriorConfig, PriorNet, compare_priors, first_embeddings,
                                        hide_captions, keep_best, linear_prior, nearest_prior,
@@ -408,7 +408,7 @@ def test_analytic_steps_keep_a_gaussians_spread(steps):
     x_T, denoise = randn((20_000, 16), generator("x_T")), p.denoiser(None, None)
 
     def spread(d):
-        return ddpm_sample(d, x_T, p.schedule, steps, generator("noise"), clip=False).std().item()
+        return ddpm_sample(d, x_T, p.schedule, spaced(steps), generator("noise"), clip=False).std().item()
     assert spread(p.with_variance(denoise)) == pytest.approx(0.25, rel=0.02)
     if steps < 20:
         assert spread(denoise) < 0.97 * 0.25                 # the small variance loses some

@@ -3,7 +3,8 @@ import json, math, sys
 from pathlib import Path
 import pytest, torch
 from unclip_nb.core import UnclipError, generator, randn
-from unclip_nb.diffusion import Prediction, Schedule, ddim_sample, mixture_denoiser, respace
+from unclip_nb.diffusion import Prediction, Schedule, ddim_sample, mixture_denoiser, spaced
+from unclip_nb.solvers import in_sections, spaced_snr, strided
 from unclip_nb.inversion import ddim_invert
 
 SCHEDULE = Schedule()
@@ -24,8 +25,8 @@ def wobbly(schedule):
     return denoise
 
 def miss(denoise, x0, steps, schedule=SCHEDULE, **how):
-    x_T = ddim_invert(denoise, x0, schedule, steps, **how)
-    return (ddim_sample(denoise, x_T, schedule, steps, clip=False) -
+    x_T = ddim_invert(denoise, x0, schedule, spaced(steps), **how)
+    return (ddim_sample(denoise, x_T, schedule, spaced(steps), clip=False) -
             x0).square().mean().sqrt().item()
 
 @pytest.mark.parametrize("kind,name", [("cosine", "squaredcos_cap_v2"), ("linear", "linear")])
@@ -48,7 +49,7 @@ def test_it_is_diffusers_inverse_scheduler(kind, name, from_clean, steps):
     x = x0 = randn((5, 7), generator("x0")).double()
     for t in theirs.timesteps:
         x = theirs.step(denoise(x, t.expand(5)).eps, int(t), x).prev_sample
-    ours = ddim_invert(denoise, x0, schedule, f"ddim{steps}", from_clean=from_clean)   # their "leading" grid
+    ours = ddim_invert(denoise, x0, schedule, strided(steps), from_clean=from_clean)   # their "leading" grid
     assert (ours - x).norm() / x.norm() < 1e-9
 
 def test_it_is_diffusers_inverse_scheduler_with_their_own_numbers_in_float32():
@@ -59,7 +60,7 @@ def test_it_is_diffusers_inverse_scheduler_with_their_own_numbers_in_float32():
     x = x0 = randn((5, 7), generator("x0"))
     for t in theirs.timesteps:
         x = theirs.step(denoise(x, t.expand(5)).eps, int(t), x).prev_sample
-    assert (ddim_invert(denoise, x0, SCHEDULE, "ddim50", from_clean=True) -
+    assert (ddim_invert(denoise, x0, SCHEDULE, strided(50), from_clean=True) -
             x).norm() / x.norm() < 1e-5
 
 def test_current_convention_is_the_authors_formula():
@@ -69,7 +70,7 @@ def test_current_convention_is_the_authors_formula():
     for t in range(39):
         p, after = denoise(x, torch.full((5,), t)), schedule.abar[t + 1]
         x = p.x0 * after.sqrt() + (1 - after).sqrt() * p.eps
-    assert torch.allclose(ddim_invert(denoise, x0, schedule, 40, convention="current"),
+    assert torch.allclose(ddim_invert(denoise, x0, schedule, spaced(40, 40), convention="current"),
                           x,
                           rtol=1e-10)
 
@@ -78,13 +79,13 @@ def test_a_standard_normal_is_its_own_noise():
     denoise = mixture_denoiser(SCHEDULE, torch.zeros(1, 3, dtype=torch.float64), spread=1.)
     x0 = randn((6, 3), generator("normal")).double()
     for convention in ("target", "current"):
-        assert (ddim_invert(denoise, x0, SCHEDULE, 400, convention) - x0).abs().max() < 0.02
+        assert (ddim_invert(denoise, x0, SCHEDULE, spaced(400), convention) - x0).abs().max() < 0.02
 
 def test_one_step_by_hand():
     schedule, x = Schedule(), torch.tensor([[1.0]], dtype=torch.float64)
     constant = lambda x, t: Prediction(x, torch.full_like(x, 0.5))
-    ts = respace(1000, 3)[::-1]
-    got = ddim_invert(constant, x, schedule, 3)
+    ts = spaced(3)[::-1]
+    got = ddim_invert(constant, x, schedule, spaced(3))
     u, sigma = x / schedule.abar[0].sqrt(), ((1 - schedule.abar) / schedule.abar).sqrt()
     assert torch.allclose(
         got, schedule.abar[-1].sqrt() *
@@ -105,13 +106,14 @@ def test_refining_helps_and_converges_to_the_exact_inverse(exact, points):
 def test_noise_comes_back_too(exact):
     "Down, then up: x_T itself is found again."
     x_T = randn((40, 2), generator("dots")).double()
-    x0 = ddim_sample(exact, x_T, SCHEDULE, 200, clip=False)
-    near = (ddim_invert(exact, x0, SCHEDULE, 200, refine=2, from_clean=True) - x_T).norm(dim=1)
+    x0 = ddim_sample(exact, x_T, SCHEDULE, spaced(200), clip=False)
+    near = (ddim_invert(exact, x0, SCHEDULE, spaced(200), refine=2, from_clean=True) - x_T).norm(dim=1)
     assert near.median() < 0.01
 
 
 @pytest.mark.parametrize("steps",
-                         [1, 2, 7, (10, 10, 3, 2, 2), "10,10,3,2,2", "ddim25", "snr20", (1, 6)])
+                         [*map(spaced, (1, 2, 7)), in_sections((10, 10, 3, 2, 2)), strided(25),
+                          spaced_snr(20, SCHEDULE), in_sections((1, 6))], ids=len)
 def test_every_grid_of_the_sampler(exact, points, steps):
     assert torch.isfinite(ddim_invert(exact, points, SCHEDULE, steps)).all()
     asked = []
@@ -127,9 +129,9 @@ def test_ends_of_the_walk_and_cost(exact, points):
 
     def walk(**how):
         asked.clear()
-        ddim_invert(noting, points, SCHEDULE, 3, **how)
+        ddim_invert(noting, points, SCHEDULE, spaced(3), **how)
         return list(asked)
-    mid = respace(1000, 3)[1]
+    mid = spaced(3)[1]
     assert walk() == [mid, 999] and walk(from_clean=True) == [0, mid, 999
                                                               ] and walk(skip_last=True) == [mid]
     assert walk(convention="current") == [0, mid] and walk(convention="current",
@@ -142,14 +144,14 @@ def test_start_takes_the_picture_for_a_later_state(exact, points):
 
     def walk(**how):
         asked.clear()
-        ddim_invert(noting, points, SCHEDULE, 21, **how)
+        ddim_invert(noting, points, SCHEDULE, spaced(21), **how)
         return list(asked)
-    up = respace(1000, 21)[::-1]
+    up = spaced(21)[::-1]
     assert walk() == walk(start=0) == up[1:] and walk(start=49) == up[1:] and walk(
         start=50) == up[2:] and walk(start=200) == [t for t in up if t > 200]
     assert walk(start=200, from_clean=True) == up and walk(
         start=200, convention="current") == [t for t in up if t >= 200][:-1]
-    below = ddim_invert(exact, points, SCHEDULE, 21, start=200)                                 # by hand: the same steps from t = 200 up
+    below = ddim_invert(exact, points, SCHEDULE, spaced(21), start=200)                                 # by hand: the same steps from t = 200 up
     x, ts = points, [t for t in up if t >= 200]
     for s, r in zip(ts, ts[1:]):
         a, b, eps = SCHEDULE.abar[s], SCHEDULE.abar[r], exact(x, torch.full((len(x),), r)).eps
@@ -163,8 +165,8 @@ def test_a_later_start_keeps_a_mistaken_denoiser_from_shouting(points):
         a, s = SCHEDULE.gather("signal", t, x), SCHEDULE.gather("noise", t, x)
         return Prediction(x0, (x - a * x0) / s)
     for start in (0, 20, 50):
-        first = next(t for t in respace(1000, 250)[::-1] if t > start)
-        size = ddim_invert(off, points, SCHEDULE, 250, start=start).square().mean().sqrt().item()
+        first = next(t for t in spaced(250)[::-1] if t > start)
+        size = ddim_invert(off, points, SCHEDULE, spaced(250), start=start).square().mean().sqrt().item()
         assert size == pytest.approx(0.1 / SCHEDULE.noise[first].item(), rel=0.2)
 
 def test_x0_is_never_clipped():
@@ -173,23 +175,23 @@ def test_x0_is_never_clipped():
     assert miss(denoise, x0, 250) < 0.05                                         # a clipped walk would miss by 2
 
 def test_rows_are_independent_and_dtype_is_kept(exact, points):
-    whole = ddim_invert(exact, points.float(), SCHEDULE, 10)
+    whole = ddim_invert(exact, points.float(), SCHEDULE, spaced(10))
     assert whole.dtype == torch.float32 and not whole.requires_grad
     assert torch.allclose(whole[3:5],
-                          ddim_invert(exact, points[3:5].float(), SCHEDULE, 10),
+                          ddim_invert(exact, points[3:5].float(), SCHEDULE, spaced(10)),
                           atol=1e-5)
 
 def test_clear_errors(exact, points):
     with pytest.raises(UnclipError, match="target or current"):
-        ddim_invert(exact, points, SCHEDULE, 5, convention="diffusers")
+        ddim_invert(exact, points, SCHEDULE, spaced(5), convention="diffusers")
     with pytest.raises(UnclipError, match="refine"):
-        ddim_invert(exact, points, SCHEDULE, 5, refine=-1)
-    with pytest.raises(UnclipError, match="1001"):
-        ddim_invert(exact, points, SCHEDULE, 1001)
+        ddim_invert(exact, points, SCHEDULE, spaced(5), refine=-1)
+    with pytest.raises(UnclipError, match="1999"):
+        ddim_invert(exact, points, SCHEDULE, spaced(5, 2000))
     with pytest.raises(UnclipError, match="start further down"):
-        ddim_invert(exact, points, SCHEDULE, 5, start=999)
-    with pytest.raises(UnclipError, match="steps"):
-        ddim_invert(exact, points, SCHEDULE, "snrx")
+        ddim_invert(exact, points, SCHEDULE, spaced(5), start=999)
+    with pytest.raises(UnclipError, match="large to small"):
+        ddim_invert(exact, points, SCHEDULE, spaced(5)[::-1])
 
 @pytest.fixture(scope="module")
 def benchmark():
@@ -288,8 +290,8 @@ def test_the_shipped_decoder_gets_its_picture_back():
     x0 = render([scene_at(i, "unseen") for i in (0, 2)], 32)
     with torch.no_grad():
         denoise = decoder.denoiser(clip.encode_image(x0))
-        x_T = ddim_invert(denoise, x0, decoder.schedule, 25)
-        again, clipped = (ddim_sample(denoise, x_T, decoder.schedule, 25, clip=c)
+        x_T = ddim_invert(denoise, x0, decoder.schedule, spaced(25))
+        again, clipped = (ddim_sample(denoise, x_T, decoder.schedule, spaced(25), clip=c)
                           for c in (False, True))
     decibels = lambda x: 10 * torch.log10(4 / (x - x0).square().flatten(1).mean(1))
     assert decibels(again).mean() > 22 and decibels(clipped).mean() > 22

@@ -143,7 +143,7 @@ def tiny(): return UnCLIP.from_pretrained("tiny", device="cpu")
 def test_a_latent_gives_its_picture_back(tiny):            # tiny = UnCLIP.from_pretrained("tiny", device="cpu"), module scope
     images = render([scene_at(i, "unseen") for i in range(8)], 32)
     latent = tiny.invert(images, 50)
-    again = tiny.decode(latent.zi, x_T=latent.x_T, steps=latent.steps, upsample=False)
+    again = tiny.decode(latent.zi, x_T=latent.x_T, timesteps=latent.timesteps, upsample=False)
     assert latent.x_T.shape == (8, 3, 32, 32) and psnr(again, images).mean() >= 25
     assert psnr(again, images).mean() > psnr(again.roll(1, 0), images).mean() + 10
     latent, one = tiny.invert(images[:2], 20), tiny.invert(images[1], 20)      # does not depend on the batch

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 from unclip_nb.core import UnclipError, to_tensor
-from unclip_nb.diffusion import Schedule, ddim_sample, dpm_sample, even_snr, predict, respace
+from unclip_nb.diffusion import Schedule, ddim_sample, predict, spaced
+from unclip_nb.solvers import dpm_sample, spaced_snr
 from unclip_nb.edits import slerp
 from unclip_nb.inversion import ddim_invert
 from unclip_nb.pipeline import UnCLIP
@@ -136,19 +137,19 @@ def test_javascript_samplers_are_pythons(page):
     def denoise(x, t): return predict(schedule, "x0", 0.5 * torch.sin(x), x, t)
     b = torch.linspace(1, -1, 8)[None] ** 3
     want = {
-        "ts": respace(1000, 7), "snr": even_snr(schedule, 20),
-        "ddim": ddim_sample(denoise, x_T, schedule,
-                            20)[0].tolist(), "dpm": dpm_sample(denoise, x_T, schedule,
-                                                               20)[0].tolist(),
-        "invert": ddim_invert(denoise, x_T / 2, schedule, 50,
-                              start=50)[0].tolist(), "slerp": slerp(x_T, b, 0.3)[0].tolist()
+        "ts": spaced(7), "snr": spaced_snr(20, schedule),
+        "ddim": ddim_sample(denoise, x_T, schedule, spaced(20))[0].tolist(),
+        "dpm": dpm_sample(denoise, x_T, schedule, spaced_snr(20, schedule))[0].tolist(),
+        "invert": ddim_invert(denoise, x_T / 2, schedule, spaced(50), start=50)[0].tolist(),
+        "slerp": slerp(x_T, b, 0.3)[0].tolist()
     }
     have = page.evaluate(
         """async ([abar, x, b]) => {
         const s = await import(new URL('js/samplers.js', location.href)), f = Float32Array.from(x);
         const denoise = async (x, t) => s.predict('x0', x.map(v => 0.5 * Math.sin(v)), x, abar[t]);
-        return {ts: s.respace(1000, 7), snr: s.even_snr(abar, 20), ddim: [...await s.ddim_sample(denoise, f, abar, 20)], dpm: [...await s.dpm_sample(denoise, f, abar, 20)],
-                invert: [...await s.ddim_invert(denoise, f.map(v => v / 2), abar, 50, {start: 50})], slerp: [...s.slerp(f, Float32Array.from(b), 0.3)]}; }""",
+        return {ts: s.spaced(7, 1000), snr: s.spaced_snr(20, abar),
+                ddim: [...await s.ddim_sample(denoise, f, abar, s.spaced(20, 1000))], dpm: [...await s.dpm_sample(denoise, f, abar, s.spaced_snr(20, abar))],
+                invert: [...await s.ddim_invert(denoise, f.map(v => v / 2), abar, s.spaced(50, 1000), {start: 50})], slerp: [...s.slerp(f, Float32Array.from(b), 0.3)]}; }""",
         [schedule.abar.tolist(), x_T[0].tolist(), b[0].tolist()])
     for k, v in want.items():
         assert have[k] == pytest.approx(v, abs=2e-5), k

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from unclip_nb.clip import CLIP
 from unclip_nb.core import UnclipError, generator
 from unclip_nb.data import mend_torchvision
-from unclip_nb.diffusion import predict, respace
+from unclip_nb.diffusion import predict, spaced
 from unclip_nb.pipeline import UnCLIP
 from unclip_nb.pretrained import Karlo, clip_names, from_diffusers, prior_names, save_diffusers, tiny_karlo, unet_names
 from unclip_nb.unet import UNet, UNetConfig
@@ -117,7 +117,7 @@ def test_super_resolution_equals_diffusers(model, pipe, t, net):
 @pytest.mark.parametrize('n', (2, 7, 25, 50))
 def test_timesteps_equal_diffusers(pipe, n):
     pipe.decoder_scheduler.set_timesteps(n)
-    assert pipe.decoder_scheduler.timesteps.tolist() == respace(1000, n)
+    assert pipe.decoder_scheduler.timesteps.tolist() == spaced(n)
 
 def reads_as(pipe, clip):
     "Captions read by diffusers' own tower, at its own precision: z_t, and the tokens up to the end"
@@ -271,11 +271,10 @@ def test_zi_is_of_the_full_picture(model):
     assert apart(tiny.see(photo), tiny.encode_image(tiny.pictures(photo))) < 1e-6      # ours: of the small picture, as they were trained
 
 def test_edits_leave_out_the_noisiest_step(model):
-    assert respace(1000, '50of980')[0] == 979 and len(respace(1000, '50of980')) == 50
-    assert model.invert(torch.zeros(1, 3, 16, 16), steps=4).steps == '4of980'
-    assert UnCLIP.from_pretrained('tiny', device='cpu').decoder.config.edit_steps(50) == 50
-    with pytest.raises(UnclipError, match='below 1200'):
-        respace(1000, '50of1200')
+    assert model.invert(torch.zeros(1, 3, 16, 16), steps=4).timesteps == spaced(4, 980)
+    assert model.decoder.config.edit_timesteps(50)[0] == 979
+    ours = UnCLIP.from_pretrained('tiny', device='cpu').decoder.config
+    assert ours.edit_timesteps(50) == spaced(50)
 
 @torch.no_grad()
 def test_hidden_tokens_change_nothing():

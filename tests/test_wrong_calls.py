@@ -72,6 +72,12 @@ def values():
                 real=real,
                 eta=[-1, -1e-9, 1.01, 5, *real],
                 seed=[1.5, nan, inf, 10**400, *none_of()],
+                timesteps=[
+                    5, 0, True, nan, 2.5, "", "snr20", "10,10", [], (), {}, [0, 1], [5, 5], [1000], [-1],
+                    [2.5], ["a"], [None], [[1]], b"20",
+                    object()
+                ],
+
                 steps=[
                     0, -5, 1001, 10**12, 10**400, nan, 2.5, None, True, "", "x", "snr",
                     "snrx", "snr0", "snr1001", "ddim0", "ddim999", "1e3", [], [0], [2.5], ["a"],
@@ -162,7 +168,7 @@ def values():
 def table(folder):
     "Every function with its right arguments and the kind of each: (name, function, right arguments, {argument: kind})."
     import torch
-    import unclip_nb.core as core, unclip_nb.diffusion as D, unclip_nb.edits as E, unclip_nb.evaluation as V, unclip_nb.pipeline as P
+    import unclip_nb.core as core, unclip_nb.diffusion as D, unclip_nb.solvers as solvers, unclip_nb.edits as E, unclip_nb.evaluation as V, unclip_nb.pipeline as P
     from unclip_nb import clip as C, pca as A, upsampler as S
     from unclip_nb.ar_prior import ARPrior
     from unclip_nb.decoder import Decoder
@@ -179,7 +185,7 @@ def table(folder):
     z = torch.randn(200, 96, generator=core.generator(0))
     pca, quantizer = A.PCA().fit(z), A.PCAQuantizer(8, 4).fit(z)
     drawing = dict(steps="steps", seed="seed", guidance="real", size="size", batch_size="whole")
-    sampling = dict(steps="steps")
+    sampling = dict(timesteps="timesteps")
     rows = [
         ("encode_image", m.encode_image, dict(images=image), dict(images="pictures")),
         ("encode_text", m.encode_text, dict(captions=[star]), dict(captions="captions")),
@@ -301,21 +307,21 @@ def table(folder):
          dict(k="whole", buckets="whole", kind="words")),
         ("quantizer.encode", quantizer.encode, dict(z=z), dict(z="embeddings_not_array")),
         ("Schedule", D.Schedule, dict(), dict(kind="words", T="whole")),
-        ("respace", D.respace, dict(T=1000, steps=5), dict(steps="steps_not_snr")),
+        ("spaced", D.spaced, dict(n=5), dict(n="steps")),
         ("ddim_sample", D.ddim_sample, dict(denoise=exact, x_T=noise, schedule=schedule,
-                                            steps=2), dict(eta="eta", **sampling)),
-        ("ddpm_sample", D.ddpm_sample, dict(denoise=exact, x_T=noise, schedule=schedule, steps=2),
-         dict(steps="steps_or_none", generator="generators")),
-        ("dpm_sample", D.dpm_sample, dict(denoise=exact, x_T=noise, schedule=schedule,
-                                          steps=2), sampling),
+                                            timesteps=[999, 0]), dict(eta="eta", **sampling)),
+        ("ddpm_sample", D.ddpm_sample, dict(denoise=exact, x_T=noise, schedule=schedule, timesteps=[999, 0]),
+         dict(timesteps="timesteps", generator="generators")),
+        ("dpm_sample", solvers.dpm_sample, dict(denoise=exact, x_T=noise, schedule=schedule,
+                                          timesteps=[999, 0]), sampling),
         ("target", D.target,
          dict(schedule=schedule,
               kind="v",
               x0=noise,
               noise=noise,
               t=torch.zeros(1, dtype=torch.long)), dict(kind="words")),
-        ("ddim_invert", ddim_invert, dict(denoise=exact, x0=noise, schedule=schedule, steps=2),
-         dict(steps="steps", convention="words", refine="count", start="count")),
+        ("ddim_invert", ddim_invert, dict(denoise=exact, x0=noise, schedule=schedule, timesteps=[999, 0]),
+         dict(timesteps="timesteps", convention="words", refine="count", start="count")),
         ("prior.sample", m.prior.sample, dict(text=text, zt=zt, steps=2),
          dict(steps="steps",
               guidance="real",
@@ -374,7 +380,6 @@ def table(folder):
         words_not_text=[None, 5, 1.5, b"x", "", " ", {}, object()],
         pool=some("pictures", None),
         k=[x for x in kinds["whole"] if x is not None and not (type(x) is int and x == 0)] + [1000],
-        steps_not_snr=kinds["steps"],
         steps_or_none=some("steps", None),
         embeddings_not_array=kinds["embeddings"],
         no_path=[None, 5, "", b"x", [], {}, object(), "a\0b", " "],

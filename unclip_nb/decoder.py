@@ -8,6 +8,7 @@ __all__ = ['DecoderConfig', 'TextEncoder', 'Decoder']
 # %% ../nbs/11_decoder.ipynb #5d68fea4
 from dataclasses import dataclass
 from functools import partial
+from typing import Sequence
 import torch
 from einops import rearrange
 from fastcore.basics import patch
@@ -17,21 +18,20 @@ from .core import Generators, UnclipError, choice, number, randn, resize
 from unclip_nb.diffusion import (
     Prediction,
     Schedule,
-    Steps,
     ddim_sample,
     ddpm_sample,
-    dpm_sample,
     guided,
-    hybrid_loss,
     predict,
     q_sample,
     simple_loss,
-    split_variance,
+    spaced,
 )
 from .diffusion_prior import EmbeddingStats, first_embeddings
 from .layers import TimeEmbedding, Transformer
+from .solvers import dpm_sample, spaced_snr
 from .train import Stage, check_config
 from .unet import UNet, UNetConfig
+from .variance import hybrid_loss, split_variance
 
 # %% ../nbs/11_decoder.ipynb #ff70e376
 @dataclass
@@ -154,11 +154,10 @@ def zi_of(self:DecoderConfig) -> str:
     return "small"
 
 @patch
-def edit_steps(self:DecoderConfig, steps:Steps) -> Steps:
+def edit_timesteps(self:DecoderConfig, steps:int) -> list[int]:
     """The timesteps of an inversion in `steps` steps. A network that predicts the noise knows little at T-1, where
     x0 = (x - noise eps) / signal multiplies its error by 20,000: its steps end at 0.98 T, where the factor is 32."""
-    return f"{steps}of{self.T * 49 // 50}" if self.target == "eps" and isinstance(steps,
-                                                                                  int) else steps
+    return spaced(steps, self.T * 49 // 50 if self.target == "eps" else self.T)
 
 # %% ../nbs/11_decoder.ipynb #803d7a19
 class TextEncoder(nn.Module):
@@ -291,13 +290,14 @@ def sample(self: Decoder,
            zi: Float[Tensor, "b d"] | None,
            tokens: Int[Tensor, "b n"] | None = None,
            guidance: float = 2.0,
-           steps: Steps = 50,
+           steps: int = 50,
            generator: Generators = None,
            x_T: Tensor | None = None,
            eta: float = 0.0,
            sampler: str = "ddim",
-           progress: bool = False) -> Float[Tensor, "b 3 s s"]:
-    "Draw pictures in [-1, 1] for z_i, captions, or both. `sampler`: ddim, ddpm (the paper's, with the learned variance) or dpm (DPM-Solver++, fewer steps). Raises `UnclipError` for others."
+           progress: bool = False,
+           timesteps: Sequence[int] | None = None) -> Float[Tensor, "b 3 s s"]:
+    "Draw pictures in [-1, 1] for z_i, captions, or both. `sampler`: ddim, ddpm (the paper's, with the learned variance) or dpm (DPM-Solver++, fewer steps). `timesteps`: a list instead of `steps`. Raises `UnclipError` for what cannot be."
     choice("sampler for the decoder", sampler, ("ddim", "ddpm", "dpm"))
     guidance, eta = number("guidance", guidance, low=-100, high=100), number("eta",
                                                                              eta,
@@ -310,10 +310,13 @@ def sample(self: Decoder,
     n, s = len(tokens if zi is None else zi), self.config.image_size
     if x_T is None:
         x_T = randn((n, 3, s, s), generator, self.null_zi.device)
+    if timesteps is None:
+        even = spaced(steps, self.config.T)
+        timesteps = spaced_snr(steps, self.schedule) if sampler == "dpm" else even
     draw = {"ddim": partial(ddim_sample, eta=eta), "ddpm": ddpm_sample, "dpm": dpm_sample}[sampler]
     return draw(self.denoiser(zi, tokens, guidance),
                 x_T,
                 self.schedule,
-                steps,
+                timesteps,
                 generator=generator,
                 progress=progress).clamp(-1, 1)

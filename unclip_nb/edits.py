@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from .core import UnclipError, choice, generator, number, randn, refuse_options
-from .diffusion import Steps, check_steps
 from .pca import PCA, PCAQuantizer
 from .pipeline import Latent, UnCLIP, check_captions, row_generators
 
@@ -89,12 +88,12 @@ def check_latent(
         raise UnclipError(
             f"a {type(latent).__name__} is no Latent: get one with model.invert(image)")
     zi = model.as_embeddings(latent.zi, "the latent's zi")
-    return Latent(zi, model.as_noise(latent.x_T, len(zi)), latent.steps)
+    return Latent(zi, model.as_noise(latent.x_T, len(zi)), latent.timesteps)
 
 def as_latent(
     model:UnCLIP,
     image,                       # picture(s) as `UnCLIP.pictures` takes them: tensor, PIL image, path, list of these; or a Latent, returned as it is
-    steps:Steps=50,
+    steps:int=50,
     refine:int=0,                # rounds of correction a step, see `ddim_invert`
     progress:bool=False,
 ) -> Latent:
@@ -135,7 +134,7 @@ def frames(
                            x_T=part.x_T,
                            eta=eta,
                            guidance=guidance,
-                           steps=part.steps,
+                           timesteps=part.timesteps,
                            upsample=upsample,
                            size=size,
                            generators=gens,
@@ -145,10 +144,10 @@ DRAWING = ("guidance", "upsample", "size", "batch_size")     # what every edit p
 
 def _drawn(model, path, **how): return torch.cat(list(frames(model, path, **how)))
 
-def check_drawing(model:UnCLIP, what:str, steps:Steps, seed:int, how:dict):
+def check_drawing(model:UnCLIP, what:str, steps:int, seed:int, how:dict):
     "Raises `UnclipError` for settings that cannot be, before a picture is inverted for them."
     refuse_options(what, how.keys() - set(DRAWING), DRAWING)
-    check_steps(model.decoder.config.T, steps)
+    number("steps", steps, low=1, high=model.decoder.config.T, whole=True)
     number("seed", seed, whole=True)
     number("guidance", how.get("guidance", 1), low=-100, high=100)
     number("batch_size", how.get("batch_size", 1), low=1, whole=True)
@@ -162,7 +161,7 @@ def variation_path(
     "The same latent n times: `frames` with eta above 0 makes each its own picture."
     n = number("the number of variations", n, low=1, high=100_000, whole=True)
     return Latent(latent.zi.repeat_interleave(n, 0), latent.x_T.repeat_interleave(n, 0),
-                  latent.steps)
+                  latent.timesteps)
 
 def variations(
     model:UnCLIP,
@@ -170,7 +169,7 @@ def variations(
     n:int=8,                     # pictures
     eta:float|int=1.0,           # 0: the reconstruction; 1: as different as z_i allows
     seed:int=0,
-    steps:Steps=50,
+    steps:int=50,
     refine:int=0,
     progress:bool=False,
     **how,                       # guidance, upsample, size, batch_size: see `frames`
@@ -203,14 +202,14 @@ def interpolation_path(
     choice("noise", noise, NOISES)
     n, seed = number("n, the frames of an interpolation,", n, low=2, high=100_000,
                      whole=True), number("seed", seed, whole=True)
-    if a.steps != b.steps or len(a) != len(b):
+    if a.timesteps != b.timesteps or len(a) != len(b):
         raise UnclipError(
             "the ends of an interpolation need as many pictures, inverted in the same steps")
     theta = torch.linspace(0, 1, n, dtype=torch.float64).repeat(len(a))
     za, zb, xa, xb = (v.repeat_interleave(n, 0) for v in (a.zi, b.zi, a.x_T, b.x_T))
     fixed = randn(a.x_T.shape[1:], row_generators(seed, 1, "decoder")[0]).to(a.x_T)
     return Latent(slerp(za, zb, theta, lengths=True),
-                  slerp(xa, xb, theta) if noise == "slerp" else fixed.expand_as(xa), a.steps)
+                  slerp(xa, xb, theta) if noise == "slerp" else fixed.expand_as(xa), a.timesteps)
 
 def interpolate(
     model:UnCLIP,
@@ -219,7 +218,7 @@ def interpolate(
     n:int=9,
     noise:str="slerp",           # or "fixed": another path for every seed
     seed:int=0,
-    steps:Steps=50,
+    steps:int=50,
     refine:int=0,
     progress:bool=False,
     **how,                       # guidance, upsample, size, batch_size: see `frames`
@@ -284,7 +283,7 @@ def text_diff_path(
     zd = direction.to(latent.zi) * latent.zi.norm(dim=1, keepdim=True)       # as long as what it is mixed with
     zd = zd.repeat_interleave(n, 0)
     return Latent(slerp(latent.zi.repeat_interleave(n, 0), zd, theta),
-                  latent.x_T.repeat_interleave(n, 0), latent.steps)
+                  latent.x_T.repeat_interleave(n, 0), latent.timesteps)
 
 def text_diff(
     model:UnCLIP,
@@ -293,7 +292,7 @@ def text_diff(
     new_caption:str,                            # what it should show
     thetas:Sequence[float|int]=THETAS,
     seed:int=0,                                 # of the upsampler
-    steps:Steps=50,
+    steps:int=50,
     refine:int=0,
     progress:bool=False,
     **how,                                      # guidance, upsample, size, batch_size: see `frames`
@@ -328,7 +327,7 @@ def pca_path(
     long = latent.zi.norm(dim=1, keepdim=True)
     zi = torch.stack([long * F.normalize(pca.truncate(latent.zi, k), dim=1) for k in ks],
                      1).flatten(0, 1)
-    return Latent(zi.to(latent.zi), latent.x_T.repeat_interleave(len(ks), 0), latent.steps)
+    return Latent(zi.to(latent.zi), latent.x_T.repeat_interleave(len(ks), 0), latent.timesteps)
 
 def pca_sweep(
     model:UnCLIP,
@@ -337,7 +336,7 @@ def pca_sweep(
     ks:Sequence[int]=(1, 2, 5, 10, 20, 40, 64, 96),
     noise:str="fixed",                          # x_T: "fixed" at one draw, or "inverted" from the picture
     seed:int=0,
-    steps:Steps=50,
+    steps:int=50,
     progress:bool=False,
     **how,                                      # guidance, upsample, size, batch_size: see `frames`
 ) -> Float[Tensor, "n 3 h w"]:
@@ -358,5 +357,5 @@ def pca_sweep(
         s = model.decoder.config.image_size
         x_T = randn((3, s, s), row_generators(seed, 1, "decoder")[0]).to(zi)
         latent = Latent(zi, x_T.expand(len(zi), -1, -1, -1),
-                        latent.steps if latent else model.decoder.config.edit_steps(steps))
+                        latent.timesteps if latent else model.decoder.config.edit_timesteps(steps))
     return _drawn(model, pca_path(latent, pca, ks), seed=seed, progress=progress, **how)

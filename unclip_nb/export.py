@@ -22,9 +22,10 @@ from .clip import CLIP
 from .core import UnclipError, generator, randn
 from .data import Tokenizer
 from .decoder import Decoder
-from .diffusion import Denoise, ddim_sample, dpm_sample, guided, predict
+from .diffusion import Denoise, ddim_sample, guided, predict, spaced
 from .layers import KVCache
 from .pipeline import UnCLIP
+from .solvers import dpm_sample, spaced_snr
 from .train import writing
 
 # %% ../nbs/21_export.ipynb #3a46c02d
@@ -463,7 +464,7 @@ class Exported:
         x = ddim_sample(denoise,
                         randn((2 * n, zt.shape[1]), two),
                         model.prior.schedule,
-                        64,
+                        spaced(64),
                         generator=two,
                         clip=False)
         draws = F.normalize(model.prior.stats.inverse(x), dim=-1).unflatten(0, (n, 2))
@@ -471,10 +472,10 @@ class Exported:
         side = model.decoder.config.image_size
         x = dpm_sample(self.decoder_denoiser(zi, tokens, guidance),
                        randn((n, 3, side, side), gens["decoder"]), model.decoder.schedule,
-                       steps).clamp(-1, 1)
+                       spaced_snr(steps, model.decoder.schedule)).clamp(-1, 1)
         big = side * model.upsampler1.config.factor
         return ddim_sample(self.upsampler_denoiser(x), randn((n, 3, big, big), gens["upsampler1"]),
-                           model.upsampler1.schedule, up_steps).clamp(-1, 1)
+                           model.upsampler1.schedule, spaced(up_steps)).clamp(-1, 1)
 
 # %% ../nbs/21_export.ipynb #a30f0c56
 @dataclass

@@ -6,12 +6,13 @@
 __all__ = ['CONVENTIONS', 'ddim_invert']
 
 # %% ../nbs/14_inversion.ipynb #04fae4a4
+from typing import Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 from .core import UnclipError, choice, number
-from .diffusion import Denoise, Schedule, Steps, check_steps, even_snr, respace
+from .diffusion import Denoise, Schedule, check_timesteps
 
 # %% ../nbs/14_inversion.ipynb #decb7a85
 def _move(x:Tensor, eps:Tensor, abar_from:float, abar_to:float) -> Tensor:
@@ -22,13 +23,11 @@ def _move(x:Tensor, eps:Tensor, abar_from:float, abar_to:float) -> Tensor:
 # %% ../nbs/14_inversion.ipynb #3688eb3a
 CONVENTIONS = ("target", "current")
 
-def _walk(schedule:Schedule, steps:Steps) -> list[tuple[int, float, float]]:
+def _walk(schedule:Schedule, timesteps) -> list[tuple[int, float, float]]:
     "The sampler's timesteps, cleanest first: each with abar there and at the next cleaner one (1 before the first)."
-    check_steps(schedule.T, steps)
-    ts = even_snr(schedule, int(steps[3:])) if isinstance(
-        steps, str) and steps[:3] == "snr" and steps[3:].isdigit() else respace(schedule.T, steps)
-    abar = [1.0] + [schedule.abar[t].item() for t in ts[::-1]]
-    return list(zip(ts[::-1], abar[1:], abar))
+    up = check_timesteps(timesteps, schedule.T)[::-1]
+    abar = [1.0] + [schedule.abar[t].item() for t in up]
+    return list(zip(up, abar[1:], abar))
 
 def _refined(y:Tensor, x:Tensor, ask:Denoise, abar:float, prev:float) -> Tensor:
     "One round towards the `y` at `abar` whose DDIM step down to `prev` gives `x`."
@@ -41,7 +40,7 @@ def ddim_invert(
     denoise:Denoise,                # (x_t, t) -> Prediction; conditions and guidance must be those of the decoding
     x0:Float[Tensor, "b ..."],      # clean data
     schedule:Schedule,
-    steps:Steps=50,                 # those of `ddim_sample`, whose timesteps are walked in reverse
+    timesteps:Sequence[int]|None=None, # those of `ddim_sample`, walked in reverse; None: all
     convention:str="target",        # where the noise is asked for: at the timestep to go to, or at the "current" one
     refine:int=0,                   # rounds of correction a step, each costs as much as the step
     from_clean:bool=False,          # also invert the sampler's last step, t = 0 to clean; else x0 is taken for the state at t = 0
@@ -49,14 +48,14 @@ def ddim_invert(
     skip_last:bool=False,           # leave out the step into the noisiest timestep
     progress:bool|str=False,        # a bar; a string is its label
 ) -> Float[Tensor, "b ..."]:
-    """The noise x_T from which `ddim_sample(denoise, x_T, schedule, steps, clip=False)` draws x0: DDIM's differential equation in reverse
-    (Diffusion Models Beat GANs, appendix F). x0-hat is never clipped. Raises `UnclipError` for an unknown convention or bad steps."""
+    """The noise x_T from which `ddim_sample(denoise, x_T, schedule, timesteps, clip=False)` draws x0: DDIM's differential equation in reverse
+    (Diffusion Models Beat GANs, appendix F). x0-hat is never clipped. Raises `UnclipError` for an unknown convention or bad timesteps."""
     choice("inversion convention", convention, CONVENTIONS)
     refine, start = number("refine", refine, low=0, high=1000, whole=True), number("start",
                                                                                    start,
                                                                                    low=0,
                                                                                    whole=True)
-    walk = _walk(schedule, steps)
+    walk = _walk(schedule, timesteps)
     below = [] if from_clean else [step for step in walk if step[0] <= start]
     if len(below) == len(walk):
         raise UnclipError(

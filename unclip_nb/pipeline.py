@@ -37,7 +37,6 @@ from unclip_nb.core import (
     resize,
 )
 from .decoder import Decoder
-from .diffusion import Steps, check_steps
 from .diffusion_prior import DiffusionPrior
 from .inversion import ddim_invert
 from .shapes import render, scene_at
@@ -372,7 +371,7 @@ def decode(
     x_T:Float[Tensor, "b 3 s s"]|None=None,# the noise to start from; drawn from the seed by default
     eta:float=0.0,                         # 0: DDIM, deterministic; 1: as much noise as DDPM
     guidance:float=1.0,
-    steps:Steps=50,
+    steps:int=50,
     sampler:str="ddim",                    # or "dpm": DPM-Solver++, 20 steps of which do as well as 50; or "ddpm": the paper's, fresh noise at every step
     up_steps:int|None=None,                # of each upsampler; its config's by default
     seed:int=0,
@@ -380,6 +379,7 @@ def decode(
     size:int|None=None,                    # side of the pictures, one of `sizes`; the first upsampler's by default
     generators:dict[str, list]|None=None,  # a list of generators per stage, instead of the seed
     progress:bool|str=False,
+    timesteps:Sequence[int]|None=None,     # instead of `steps`: a latent's own, from large to small
 ) -> Float[Tensor, "b 3 h w"]:
     "Pictures in [-1, 1] for image embeddings: row i's noise depends on (seed, i) only. Raises `UnclipError` for settings that cannot be."
     zi, seed, ups = self.as_embeddings(zi), number("seed", seed,
@@ -394,7 +394,7 @@ def decode(
         raise UnclipError("generators must be a dict: a list of generators for each stage")
     for k in ups:                                                              # refuse before the work, not after
         if up_steps is not None:
-            check_steps(getattr(self, k).config.T, up_steps)
+            number("up_steps", up_steps, low=1, high=getattr(self, k).config.T, whole=True)
     gens = {k: row_generators(seed, len(zi), k) for k in ("decoder", *ups)} | (generators or {})
     for k in ("decoder", *ups):
         check_generators(gens[k], len(zi))
@@ -404,6 +404,7 @@ def decode(
                                 tokens,
                                 guidance=guidance,
                                 steps=steps,
+                                timesteps=timesteps,
                                 generator=gens["decoder"],
                                 x_T=x_T,
                                 eta=eta,
@@ -423,13 +424,13 @@ class Latent:
     "A picture as the paper's bipartite latent: what CLIP saw, and the noise from which the decoder draws the rest of it (section 2)."
     zi: Tensor      # (b, d), unit norm
     x_T: Tensor     # (b, 3, s, s), for this z_i, unguided, without caption
-    steps: Steps    # the sampler's, up and down
+    timesteps: list[int]    # the sampler's, up and down
     def __len__(self): return len(self.zi)
 
     def __getitem__(self, i):
         i = slice(i, i + 1 or None) if isinstance(i, int) else i
-        return Latent(self.zi[i], self.x_T[i], self.steps)
-    def to(self, device): return Latent(self.zi.to(device), self.x_T.to(device), self.steps)
+        return Latent(self.zi[i], self.x_T[i], self.timesteps)
+    def to(self, device): return Latent(self.zi.to(device), self.x_T.to(device), self.timesteps)
 
 # %% ../nbs/15_pipeline.ipynb #8b41d71c
 def _square(image:Float[Tensor, "3 h w"]) -> Float[Tensor, "3 s s"]:
@@ -481,17 +482,17 @@ def see(self:UnCLIP,
 @torch.no_grad()
 def invert(self:UnCLIP,
     images,                 # see `pictures`
-    steps:Steps=50,         # more: closer. `decode` must take the same
+    steps:int=50,           # more: closer. `decode` must take the latent's timesteps
     refine:int=0,           # rounds of correction a step, see `ddim_invert`
     start:int=50,           # the picture is taken for the state at this timestep: the decoder is not sure of finer grain (14_inversion, section 6)
     batch_size:int=32,
     progress:bool|str=False,
 ) -> Latent:
-    """The bipartite latent (z_i, x_T) of pictures: `decode(latent.zi, x_T=latent.x_T, steps=latent.steps)` gives them back at the decoder's size.
+    """The bipartite latent (z_i, x_T) of pictures: `decode(latent.zi, x_T=latent.x_T, timesteps=latent.timesteps)` gives them back at the decoder's size.
     Raises `UnclipError` for what is no picture and for settings that cannot be."""
     batch_size = number("batch_size", batch_size, low=1, whole=True)
-    check_steps(self.decoder.config.T, steps)
-    steps, full = self.decoder.config.edit_steps(steps), self.decoder.config.zi_of == "full"
+    timesteps = self.decoder.config.edit_timesteps(steps)
+    full = self.decoder.config.zi_of == "full"
     squares = self.squares(images, None if full else self.decoder.config.image_size)
     zi, x_T = [], []
     for i in range(0, len(squares), batch_size):
@@ -503,11 +504,11 @@ def invert(self:UnCLIP,
                 ddim_invert(self.decoder.denoiser(zi[-1]),
                             x,
                             self.decoder.schedule,
-                            steps,
+                            timesteps,
                             refine=refine,
                             start=start,
                             progress=progress))
-    return Latent(torch.cat(zi), torch.cat(x_T), steps)
+    return Latent(torch.cat(zi), torch.cat(x_T), timesteps)
 
 # %% ../nbs/15_pipeline.ipynb #9c661d32
 @patch
@@ -549,7 +550,7 @@ def generate(
     n:int=1,                     # pictures a caption
     guidance:float|None=None,    # of the decoder; 1 is unguided. None, here and below: the config's `draw`
     prior_guidance:float|None=None,
-    steps:Steps|None=None,       # of the decoder
+    steps:int|None=None,         # of the decoder
     sampler:str|None=None,       # of the decoder: "dpm" (fast), "ddim", or "ddpm" (the paper's: fresh noise at every step)
     seed:int=0,                  # picture j of every caption starts from noise that depends on (seed, j) only
     upsample:bool=True,
@@ -569,7 +570,7 @@ def generate(
                                                                             low=1,
                                                                             whole=True)
     guidance = number("guidance", guidance, low=-100, high=100)
-    check_steps(self.decoder.config.T, steps)
+    number("steps", steps, low=1, high=self.decoder.config.T, whole=True)
     ups = self.upsamplers(size, upsample)                                  # refuse before the work, not after
     rows = [(c, j) for c in captions for j in range(n)]
     out = []

@@ -28,7 +28,7 @@ from .clip import CLIP, CLIPConfig, load_clip
 from .core import Generators, UnclipError, pick_device, randn
 from .data import OpenCLIPTokenizer, import_open_clip
 from .decoder import Decoder, DecoderConfig
-from .diffusion import Schedule, Steps, ddim_sample, ddpm_sample, predict
+from .diffusion import Schedule, ddim_sample, ddpm_sample, predict, spaced
 from .diffusion_prior import DiffusionPrior, PriorConfig, keep_best
 from .layers import TimeEmbedding
 from .pipeline import UnCLIP
@@ -288,7 +288,8 @@ class KarloPrior(DiffusionPrior):
         x_T = randn((len(zt) * candidates, zt.shape[1]), generator, zt.device)
         denoise = self.denoiser(text, zt, c.guidance if guidance is None else guidance, candidates,
                                 cache)
-        x = draw(denoise, x_T, self.schedule, steps or c.steps, generator=generator, clip=False,
+        timesteps = spaced(c.steps if steps is None else steps, c.T)
+        x = draw(denoise, x_T, self.schedule, timesteps, generator=generator, clip=False,
                  progress=progress)
         z = self.stats.inverse(x).unflatten(0, (len(zt), candidates))
         return keep_best(z, F.normalize(zt, dim=-1)) if candidates > 1 else z[:, 0]
@@ -402,7 +403,7 @@ class KarloUpsampler(Upsampler):
         return denoise
 
     @torch.no_grad()
-    def sample(self, low_res:Float[Tensor, "b c h w"], steps:Steps|None=None,
+    def sample(self, low_res:Float[Tensor, "b c h w"], steps:int|None=None,
                generator:Generators=None, eta:float=1.,
                progress:bool|str=False, pixels:int=2 ** 18) -> Float[Tensor, "b c H W"]:
         "Large pictures in [-1, 1], a few at a time. `eta` must be 1: the steps are ancestral."
@@ -411,12 +412,13 @@ class KarloUpsampler(Upsampler):
         b, c, h, w = low_res.shape
         f = self.config.factor
         x_T = randn((b, c, f * h, f * w), generator, low_res.device)
+        timesteps = spaced(self.config.steps if steps is None else steps, self.config.T)
         n = max(1, pixels // (f * h * f * w))
         def some(i):
             rows = slice(i, i + n)
             g = generator[rows] if isinstance(generator, (list, tuple)) else generator
-            return ddpm_sample(self.denoiser(low_res[rows]), x_T[rows], self.schedule, steps
-                               or self.config.steps, g, progress=progress)
+            return ddpm_sample(self.denoiser(low_res[rows]), x_T[rows], self.schedule, timesteps,
+                               g, progress=progress)
         return torch.cat([some(i) for i in range(0, b, n)]).clamp(-1, 1)
 
 # %% ../nbs/20_pretrained.ipynb #e3719a89

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from .core import Generators, UnclipError, as_images, number, randn, resize
 from .degradations import blur_some, bsr_degrade, gaussian_kernel
-from .diffusion import Schedule, Steps, ddim_sample, predict, q_sample, simple_loss
+from .diffusion import Schedule, ddim_sample, predict, q_sample, simple_loss, spaced
 from .layers import TimeEmbedding
 from .train import Stage, check_config
 from .unet import UNet, UNetConfig
@@ -261,7 +261,7 @@ def denoiser(self:Upsampler, low_res:Float[Tensor, "b c h w"]):
 @torch.no_grad()
 def sample(self:Upsampler,
     low_res,                          # small pictures, see `as_images`, of any size whose enlargement the U-Net's stride divides
-    steps:Steps|None=None,            # DDIM steps, see `respace`; the config's by default
+    steps:int|None=None,              # DDIM steps, evenly spaced; the config's by default
     generator:Generators=None,        # a list gives each row its own
     eta:float=0.,                     # fresh noise in each step
     progress:bool|str=False,
@@ -273,6 +273,7 @@ def sample(self:Upsampler,
                                                                                    low=1,
                                                                                    whole=True)
     steps, eta = self.config.steps if steps is None else steps, number("eta", eta, low=0, high=1)
+    timesteps = spaced(steps, self.config.T)
     b, c, h, w = low_res.shape
     f = self.config.factor
     x_T, n = randn((b, c, f * h, f * w), generator,
@@ -283,7 +284,7 @@ def sample(self:Upsampler,
         return ddim_sample(self.denoiser(low_res[rows]),
                            x_T[rows],
                            self.schedule,
-                           steps,
+                           timesteps,
                            eta,
                            g,
                            progress=progress).clamp(-1, 1)

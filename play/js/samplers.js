@@ -1,23 +1,23 @@
-// Noise schedules, samplers, inversion and slerp: 08_diffusion, 14_inversion and 16_edits in JavaScript, with their names and equation numbers.
+// Noise schedules, samplers, inversion and slerp: 08_diffusion, 08b_solvers, 14_inversion and 16_edits in JavaScript, with their names and equation numbers.
 // A batch is a Float32Array of `rows` rows; a denoiser is an async function (x_t, t) -> {x0, eps}.
 
 /** Thrown in the middle of a sampler when the visitor presses Cancel. */
 export class Cancelled extends Error {}
 
-// 08_diffusion, section 6: the timesteps that a sampler visits
+// 08_diffusion, section 9, and 08b_solvers, section 3: lists of timesteps, from large to small
 
 /** To the nearest whole number, halves to the even one, as Python's `round` does. */
 const round = v => (v % 1 === 0.5 ? 2 * Math.round(v / 2) : Math.round(v));
 
-/** n timesteps evenly spread over 0 .. T-1, noisiest first; both ends included, a single one is T-1. */
-export function respace(T, n) {
+/** n timesteps evenly spread over 0 .. T-1, from large to small; both ends included, a single one is T-1. */
+export function spaced(n, T) {
   if (!(n >= 1 && n <= T)) throw new RangeError(`cannot take ${n} of ${T} diffusion steps: use a number from 1 to ${T}`);
   if (n === 1) return [T - 1];
   return Array.from({ length: n }, (_, k) => round(k * ((T - 1) / (n - 1)))).reverse();
 }
 
-/** Timesteps spread evenly over the logarithm of the SNR, noisiest first: T-1, then from `start` to t = 0. */
-export function even_snr(abar, n, start = -3.5) {
+/** Timesteps spread evenly over the logarithm of the SNR, from large to small: T-1, then from `start` to t = 0. */
+export function spaced_snr(n, abar, start = -3.5) {
   const T = abar.length;
   if (!(n >= 1 && n <= T)) throw new RangeError(`cannot take ${n} of ${T} diffusion steps: use a number from 1 to ${T}`);
   const clock = Array.from(abar, a => Math.log(a / (1 - a)) / 2);
@@ -38,7 +38,7 @@ function pairs(abar, ts) {
   return ts.map((t, i) => [t, abar[t], i + 1 < ts.length ? abar[ts[i + 1]] : 1]);
 }
 
-// 08_diffusion, sections 3 and 4
+// 08_diffusion, sections 4 and 11
 
 /** The network's answer as clean data and noise, whichever it was trained to give. */
 export function predict(kind, out, x_t, abar) {
@@ -55,7 +55,7 @@ export function predict(kind, out, x_t, abar) {
 /** Classifier-free guidance: away from the unconditional answer, through the conditional one. */
 export function guided(cond, nothing, scale) {
   const mix = (a, b) => a.map((v, i) => v + scale * (b[i] - v));
-  return { x0: mix(nothing.x0, cond.x0), eps: mix(nothing.eps, cond.eps) };          // eq. 17
+  return { x0: mix(nothing.x0, cond.x0), eps: mix(nothing.eps, cond.eps) };          // eq. 14
 }
 
 /** The denoiser's answer at `t`; with `clip`, x0 is held in [-1, 1] and eps made to agree with it. */
@@ -68,35 +68,35 @@ async function ask(denoise, x_t, t, abar, clip) {
 }
 
 /** DDIM sampling: equation 12 of DDIM. `noise()` gives fresh noise for eta > 0; `watch` sees every step. */
-export async function ddim_sample(denoise, x_T, abar, steps, { eta = 0, noise, clip = true, watch = async () => {} } = {}) {
+export async function ddim_sample(denoise, x_T, abar, timesteps, { eta = 0, noise, clip = true, watch = async () => {} } = {}) {
   let x = x_T, i = 0;
-  for (const [t, now, prev] of pairs(abar, respace(abar.length, steps))) {
+  for (const [t, now, prev] of pairs(abar, timesteps)) {
     const { x0, eps } = await ask(denoise, x, t, now, clip);
     const sigma = eta * Math.sqrt((1 - prev) / (1 - now) * (1 - now / prev));        // eq. 12
     const a = Math.sqrt(prev), b = Math.sqrt(Math.max(1 - prev - sigma * sigma, 0));
     x = x0.map((v, k) => a * v + b * eps[k]);
     if (sigma > 0) { const z = noise(x.length); x = x.map((v, k) => v + sigma * z[k]); }
-    await watch({ step: ++i, of: steps, t, x0, x_t: x });
+    await watch({ step: ++i, of: timesteps.length, t, x0, x_t: x });
   }
   return x;
 }
 
 /** DPM-Solver++(2M): like DDIM a function of x_T, but right to the second order. */
-export async function dpm_sample(denoise, x_T, abar, steps, { clip = true, watch = async () => {} } = {}) {
+export async function dpm_sample(denoise, x_T, abar, timesteps, { clip = true, watch = async () => {} } = {}) {
   let x = x_T, last = null, i = 0;
-  for (const [t, now, prev] of pairs(abar, even_snr(abar, steps))) {
+  for (const [t, now, prev] of pairs(abar, timesteps)) {
     const { x0 } = await ask(denoise, x, t, now, clip);
     const here = Math.log(now / (1 - now)) / 2;
     let guess = x0;
     if (last && prev < 1) {
       const [before, was] = last;
       const c = (Math.log(prev / (1 - prev)) / 2 - here) / (2 * (here - before));
-      guess = x0.map((v, k) => v + c * (v - was[k]));                                // eq. 14
+      guess = x0.map((v, k) => v + c * (v - was[k]));                                // 08b, eq. 2
     }
     const keep = Math.sqrt((1 - prev) / (1 - now)), more = Math.sqrt(prev) - keep * Math.sqrt(now);
-    x = x.map((v, k) => keep * v + more * guess[k]);                                 // eq. 13
+    x = x.map((v, k) => keep * v + more * guess[k]);                                 // 08b, eq. 1
     last = [here, x0];
-    await watch({ step: ++i, of: steps, t, x0, x_t: x });
+    await watch({ step: ++i, of: timesteps.length, t, x0, x_t: x });
   }
   return x;
 }
@@ -104,10 +104,10 @@ export async function dpm_sample(denoise, x_T, abar, steps, { clip = true, watch
 // 14_inversion
 
 /** The noise from which DDIM draws x0. The picture is taken for the state at the last kept timestep up to `start`. */
-export async function ddim_invert(denoise, x0, abar, steps, { start = 50, watch = async () => {} } = {}) {
-  const ts = respace(abar.length, steps).reverse();
+export async function ddim_invert(denoise, x0, abar, timesteps, { start = 50, watch = async () => {} } = {}) {
+  const ts = [...timesteps].reverse();
   const below = ts.filter(t => t <= start).length;
-  if (below === ts.length) throw new RangeError(`inversion starts at ${start}: take more than ${steps} steps`);
+  if (below === ts.length) throw new RangeError(`inversion starts at ${start}: take more than ${ts.length} steps`);
   let x = x0, i = 0;
   let prev = below ? abar[ts[below - 1]] : abar[ts[0]];
   const walk = ts.slice(Math.max(below, 1));

@@ -1,5 +1,5 @@
 // 15_pipeline in the browser: a caption in, a picture out. Every network is an ONNX file that `unclip export` wrote.
-import { ddim_invert, ddim_sample, dpm_sample, from_components, generator, guided, narrow, normalize, pick, predict, randn } from "./samplers.js";
+import { ddim_invert, ddim_sample, dpm_sample, from_components, generator, guided, narrow, normalize, pick, predict, randn, spaced, spaced_snr } from "./samplers.js";
 import { Tokenizer } from "./tokenizer.js";
 
 const CACHE = "unclip-play-1";
@@ -100,7 +100,7 @@ export class UnCLIP {
       return both ? guided(p, predict("x0", out.subarray(x.length), x, abar[t]), guidance) : p;
     };
     const x_T = join(range(rows).map(r => randn(d, generator(seed, "prior", r))));
-    const x = await ddim_sample(denoise, x_T, abar, steps, { clip: false, watch });
+    const x = await ddim_sample(denoise, x_T, abar, spaced(steps, abar.length), { clip: false, watch });
     const { prior_mean: mean, prior_back: back } = this.tables;
     const draws = range(rows).map(r => {
       const z = Float32Array.from(mean);
@@ -162,8 +162,9 @@ export class UnCLIP {
     const denoise = await this.decoder_denoiser(zis, caption, guidance);
     const start = x_T ?? this.noise(seed, rows), fresh = rows.map(r => generator(seed, "fresh", r)), one = 3 * this.side ** 2;
     const noise = () => join(fresh.map(g => randn(one, g)));
-    const draw = sampler === "dpm" ? dpm_sample : ddim_sample;
-    return clamp(await draw(denoise, start, this.abar.decoder, steps, { eta, noise, watch }));
+    const abar = this.abar.decoder, dpm = sampler === "dpm", draw = dpm ? dpm_sample : ddim_sample;
+    const timesteps = dpm ? spaced_snr(steps, abar) : spaced(steps, abar.length);
+    return clamp(await draw(denoise, start, abar, timesteps, { eta, noise, watch }));
   }
 
   // 13_upsampler
@@ -177,7 +178,7 @@ export class UnCLIP {
       const { answer } = await this.run("upsampler1_step", { x_t: this.f32(x, n, 3, this.size, this.size), t: this.i64(new Array(n).fill(t)), low_res });
       return predict(c.target, floats(answer), x, abar[t]);
     };
-    return clamp(await ddim_sample(denoise, join(range(n).map(() => z)), abar, steps, { watch }));
+    return clamp(await ddim_sample(denoise, join(range(n).map(() => z)), abar, spaced(steps, abar.length), { watch }));
   }
 
   // 14_inversion
@@ -186,6 +187,7 @@ export class UnCLIP {
   async invert(image, { steps = 50, watch } = {}) {
     const zi = await this.encode_image(image);
     const denoise = await this.decoder_denoiser([zi]);
-    return { zi, x_T: await ddim_invert(denoise, image, this.abar.decoder, steps, { watch }), steps };
+    const abar = this.abar.decoder, timesteps = spaced(steps, abar.length);
+    return { zi, x_T: await ddim_invert(denoise, image, abar, timesteps, { watch }), steps };
   }
 }
