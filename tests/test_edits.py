@@ -182,7 +182,7 @@ def test_a_picture_may_be_anything(model, images, tmp_path):
               images[0], images[:1], [images[0]]):
         assert len(as_latent(model, x, 2)) == 1
     assert interpolate(model, tmp_path/"a.png", images[1], n=2, **HOW).shape == (2, 3, 32, 32)
-    held = Latent(torch.zeros(1, 96), torch.zeros(1, 3, 32, 32), 2)
+    held = Latent(torch.zeros(1, 96), torch.zeros(1, 3, 32, 32), [500, 0])
     assert as_latent(model, held) is held
 
 def test_clear_errors(model, images, latent, tmp_path):
@@ -201,7 +201,7 @@ def test_clear_errors(model, images, latent, tmp_path):
     with no("at least 2"):
         interpolate(model, latent[0], latent[1], n=1)
     with no("same steps"):
-        interpolation_path(latent[0], Latent(latent.zi[1:], latent.x_T[1:], 7))
+        interpolation_path(latent[0], Latent(latent.zi[1:], latent.x_T[1:], [700, 0]))
     with no("same to CLIP"):
         text_diff(model, latent[0], "a red star", "a red star")
     with no("empty"):

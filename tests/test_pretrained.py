@@ -246,7 +246,7 @@ def test_lengths_are_kept(model):
     from unclip_nb.pipeline import Latent
     z = F.normalize(torch.randn(2, 32, generator=generator('z')), dim=1) * torch.tensor([[20.],
                                                                                          [30.]])
-    latent = Latent(z, torch.zeros(2, 3, 16, 16), 5)
+    latent = Latent(z, torch.zeros(2, 3, 16, 16), [800, 600, 400, 200, 0])
     turned = text_diff_path(latent, F.normalize(torch.randn(1, 32, generator=generator('d')),
                                                 dim=1), [0.25, 0.5]).zi
     assert torch.allclose(turned.norm(dim=1), torch.tensor([20., 20., 30., 30.]))
@@ -313,7 +313,7 @@ def test_half_precision_keeps_noise_and_statistics(folder, model):
     assert half.prior.stats.matrix.dtype == torch.float32
     zi = half.sample_zi(['a frog'])
     latent = half.invert(torch.zeros(1, 3, 16, 16), steps=3)
-    x = half.decode(latent.zi, x_T=latent.x_T, steps=latent.steps)
+    x = half.decode(latent.zi, x_T=latent.x_T, timesteps=latent.timesteps)
     assert zi.dtype == latent.zi.dtype == latent.x_T.dtype == x.dtype == torch.float32
     assert apart(half.encode_image(x), model.encode_image(x)) < 0.05
 

@@ -120,13 +120,13 @@ def values():
                 latent=[
                     None, 5, "nowhere.png", [], {},
                     object(),
-                    Latent(good[0], noise, 2),
-                    Latent(good, noise[0], 2),
-                    Latent(good * nan, noise, 2),
-                    Latent(None, noise, 2),
-                    Latent(good, None, 2),
-                    Latent(good[:0], noise[:0], 2),
-                    Latent(good.expand(3, -1), noise, 2)
+                    Latent(good[0], noise, [500, 0]),
+                    Latent(good, noise[0], [500, 0]),
+                    Latent(good * nan, noise, [500, 0]),
+                    Latent(None, noise, [500, 0]),
+                    Latent(good, None, [500, 0]),
+                    Latent(good[:0], noise[:0], [500, 0]),
+                    Latent(good.expand(3, -1), noise, [500, 0])
                 ],
                 direction=[
                     None, 5, "x", [0.1], good[0],

@@ -59,6 +59,7 @@ class ARPriorConfig:
 # %% ../nbs/07_ar_prior.ipynb #c07d1a02
 @patch_to(ARPriorConfig, cls_method=True)
 def nano(cls, **changes) -> ARPriorConfig:
+    "Minutes on two CPU cores."
     sizes = dict(
         clip_dim=64,
         text_width=64,
@@ -72,11 +73,14 @@ def nano(cls, **changes) -> ARPriorConfig:
     return cls(**sizes | changes)
 
 @patch_to(ARPriorConfig, cls_method=True)
-def tiny(cls, **changes) -> ARPriorConfig: return cls(**changes)
+def tiny(cls, **changes) -> ARPriorConfig:
+    "The shipped size."
+    return cls(**changes)
 
 # %% ../nbs/07_ar_prior.ipynb #c07d1a03
 @patch_to(ARPriorConfig, cls_method=True)
 def small(cls, **changes) -> ARPriorConfig:
+    "For real pictures."
     sizes = dict(
         clip_dim=768,
         text_width=768,

@@ -193,6 +193,7 @@ class CLIPConfig:
 # %% ../nbs/05_clip.ipynb #c05d1a0c
 @patch_to(CLIPConfig, cls_method=True)
 def nano(cls) -> CLIPConfig:
+    "Minutes on two CPU cores."
     return cls(
         embed_dim=64,
         vision_width=16,
@@ -201,10 +202,13 @@ def nano(cls) -> CLIPConfig:
     )
 
 @patch_to(CLIPConfig, cls_method=True)
-def tiny(cls) -> CLIPConfig: return cls()
+def tiny(cls) -> CLIPConfig:
+    "The shipped size."
+    return cls()
 
 @patch_to(CLIPConfig, cls_method=True)
 def small(cls) -> CLIPConfig:
+    "For real pictures."
     return cls(
         open_clip="ViT-L-14",
         pretrained="openai",
@@ -225,6 +229,7 @@ def small(cls) -> CLIPConfig:
 # %% ../nbs/05_clip.ipynb #c05d1a0d
 @patch_to(CLIPConfig, cls_method=True)
 def paper(cls) -> CLIPConfig:
+    "The paper's sizes."
     return cls(
         embed_dim=1024,
         image_size=256,

@@ -440,7 +440,9 @@ def texts(self:StreamData, indices:Sequence[int], draws=None) -> list[str]:
     return out
 
 @patch
-def images(self:StreamData, indices:Sequence[int]): return self.batch(indices)["image"]
+def images(self:StreamData, indices:Sequence[int]):
+    "The pictures at `indices`: (b, 3, s, s) in [-1, 1]."
+    return self.batch(indices)["image"]
 
 @patch
 def batch(self:StreamData, indices:Sequence[int], draws=None) -> dict:
