@@ -28,12 +28,13 @@ NAMES = {
     "preset"
 }
 PATHS = {
-    "out", "weights", "data", "clip_from", "clip", "start", "config", "image", "image_a", "image_b"
+    "out", "weights", "data", "clip_from", "clip", "start", "config", "image", "image_a", "image_b",
+    "embeddings"
 }
 
 def wrong_values(name, default, traps):
     "What no command can use for a flag."
-    if name.endswith("_column"):
+    if name.endswith("_column") or name == "subset":
         return ()
     if name == "device":
         return ("meta", "gpu", "cuda:99", "", "xla")
